@@ -1,0 +1,13 @@
+// Every operator schema of fastinfer, one table. Implementations register beside their kernels
+// (csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu); fakes and references live in fastinfer/ops/<op>.py.
+// Weight layouts ("row", "panel16") are defined in LAYOUTS.md.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastinfer, m) {
+  m.def("int8_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str layout) -> Tensor");
+  m.def("int8_scaled_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str layout) -> Tensor");
+  m.def("int4_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor w_zero, Tensor? bias, str layout) -> Tensor");
+  // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
+  m.def("cpu_isa() -> str");
+}

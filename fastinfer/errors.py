@@ -1,0 +1,13 @@
+"""The errors of the public calls. Each leaves the model as it was."""
+
+
+class PatchError(ValueError):
+    """A model that cannot be patched, unpatched or saved as asked; the message names the module and the way out."""
+
+
+class GroupSizeError(PatchError):
+    """A group size that does not divide a linear's input features."""
+
+
+class RecipeError(ValueError):
+    """A recipe, or an argument that stands for one, that is malformed or matches nothing."""

@@ -1,0 +1,37 @@
+"""Int8Embedding: rows of an int8 weight, gathered and dequantised; made for a weight that a tied head multiplies by."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastinfer.modules.quantized import Packing, QuantizedModule
+from fastinfer.ops.layout import gather_rows
+
+
+class Int8Embedding(QuantizedModule, nn.Embedding):
+    """weight[ids] · weight_scale[ids] · factor in `compute_dtype`.
+
+    weight [V, D] int8 is a Parameter, usually shared with the head's Int8Linear; weight_scale [V] fp32 is a buffer.
+    `factor` is a constant that the original multiplied its rows by (Gemma), rounded to `compute_dtype` as there.
+    """
+
+    def __init__(self, weight: nn.Parameter, weight_scale, *, like, packing: Packing, padding_idx=None, factor=1.0):
+        nn.Module.__init__(self)  # nn.Embedding's own would allocate a float weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self._init_quantized(weight, packing, like)
+        self.register_buffer("weight_scale", weight_scale)
+        self.factor = factor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = gather_rows(self.weight, input, self.layout).float() * self.weight_scale[input][..., None]
+        rows = rows.to(self.compute_dtype)
+        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError("Int8Embedding has no random initialisation: build it from a float module")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, factor={self.factor:g}"

@@ -1,0 +1,163 @@
+"""Int8Linear and Int4Linear: nn.Linear on quantised weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastinfer import ops
+from fastinfer.modules.quantized import Packing, QuantizedModule
+from fastinfer.ops.int4_matmul import dequantize as dequantize_int4
+from fastinfer.ops.int8_matmul import dequantize as dequantize_int8
+from fastinfer.quantize import quantize_int4, quantize_int8
+
+ACTIVATIONS = ("keep", "int8")
+
+
+def float_weight(module: nn.Module) -> torch.Tensor:
+    """The weight [N, K] of an nn.Linear, or of a transformers Conv1D, which keeps it as [K, N]."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.T
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A quantised linear with gradients for its input and bias; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, bias, module):
+        ctx.module, ctx.x_dtype = module, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return module.matmul(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ ctx.module.dequantize(grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None
+
+
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """What Int8Linear and Int4Linear share. Takes tensors as they are; `from_float` quantises.
+
+    `weight_error` is ‖ŵ − w‖ / ‖w‖ where the module was made by `from_float`, else None.
+    """
+
+    weight_error: float | None = None
+
+    def __init__(self, weight, in_features: int, bias: nn.Parameter | None, like: torch.dtype, packing: Packing | None):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
+        self.in_features, self.out_features = in_features, weight.shape[0]
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self._init_quantized(weight, packing or Packing(), like)
+        self.register_parameter("bias", bias)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """The op on this module's tensors, without gradients."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight [N, K] that this module multiplies by, in `dtype` (default: `compute_dtype`)."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError(f"{type(self).__name__} has no random initialisation: build it from a float module")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _FrozenLinear.apply(x, bias, self)
+        return self.matmul(x)
+
+    def _bias_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The bias in a dtype that the op takes beside x."""
+        bias = self.bias
+        return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.float()
+
+
+class Int8Linear(QuantizedLinear):
+    """y = x · (weight · weight_scale)ᵀ + bias with int8 weights.
+
+    weight [N, K] int8 and bias [N] are Parameters, weight_scale [N] fp32 is a buffer. `activations` says whether x
+    stays as it is ("keep", `ops.int8_matmul`) or is quantised per token ("int8", `ops.int8_scaled_matmul`).
+    """
+
+    def __init__(self, weight, weight_scale, bias=None, *, like=torch.float32, activations="keep", packing=None):
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+        super().__init__(weight, weight.shape[1], bias, like, packing)
+        self.register_buffer("weight_scale", weight_scale)
+        self.activations = activations
+
+    @classmethod
+    def from_float(cls, module: nn.Module, activations: str = "keep") -> Int8Linear:
+        """Quantises an nn.Linear or a transformers Conv1D (round to nearest, one scale an output channel).
+
+        Shares the module's bias; leaves the module unchanged.
+        """
+        weight = float_weight(module)
+        w, w_scale, error = quantize_int8(weight)
+        new = cls(w, w_scale, module.bias, like=weight.dtype, activations=activations)
+        new.weight_error = error
+        new.use_native_layout()
+        return new.train(module.training)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        op = ops.int8_matmul if self.activations == "keep" else ops.int8_scaled_matmul
+        return op(x, self.weight, self.weight_scale, self._bias_for(x), self.layout)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return dequantize_int8(self.weight, self.weight_scale, self.layout, dtype or self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activations={self.activations!r}"
+
+
+class Int4Linear(QuantizedLinear):
+    """y = x · ((q − weight_zero) · weight_scale)ᵀ + bias with int4 weights in groups along K.
+
+    weight [N, K/2] int8 (two q a byte) and bias [N] are Parameters; weight_scale and weight_zero [N, K/G] fp16 are
+    buffers.
+    """
+
+    laid_out = ("weight", "weight_scale", "weight_zero")
+    scales = ("weight_scale", "weight_zero")
+
+    def __init__(self, weight, weight_scale, weight_zero, bias=None, *, like=torch.float32, packing=None):
+        super().__init__(weight, 2 * weight.shape[1], bias, like, packing)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight_zero", weight_zero)
+
+    @classmethod
+    def from_float(cls, module: nn.Module, group_size: int = 64, method: str = "hqq") -> Int4Linear:
+        """Quantises an nn.Linear or a transformers Conv1D (see `quantize.quantize_int4`).
+
+        Shares the module's bias; leaves the module unchanged.
+        """
+        weight = float_weight(module)
+        w, w_scale, w_zero, error = quantize_int4(weight, group_size, method)
+        new = cls(w, w_scale, w_zero, module.bias, like=weight.dtype)
+        new.weight_error = error
+        new.use_native_layout()
+        return new.train(module.training)
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.weight_scale.shape[1]
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.int4_matmul(
+            x, self.weight, self.weight_scale, self.weight_zero, self._bias_for(x), self.layout
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return dequantize_int4(
+            self.weight, self.weight_scale, self.weight_zero, self.layout, dtype or self.compute_dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"

@@ -1,0 +1,7 @@
+"""The operators. Each module holds one: docstring, wrapper with checks, reference in torch, fake kernel."""
+
+from fastinfer.ops.int4_matmul import int4_matmul
+from fastinfer.ops.int8_matmul import int8_matmul
+from fastinfer.ops.int8_scaled_matmul import int8_scaled_matmul
+
+__all__ = ["int4_matmul", "int8_matmul", "int8_scaled_matmul"]

@@ -1,0 +1,90 @@
+"""Report: what a patch replaced, what it left and why, bytes, error, backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A module that was (or, in a dry run, would be) replaced. `error` is ‖ŵ − w‖ / ‖w‖, None in a dry run."""
+
+    path: str
+    kind: str
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A module that stays, with the reason. `expected` ones stay by design and do not fail `strict`."""
+
+    path: str
+    reason: str
+    bytes: int
+    expected: bool
+
+
+@dataclasses.dataclass
+class Report:
+    """What `patch` did. `str(report)` is a table; `to_dict()` is plain data for JSON."""
+
+    replaced: list[Replaced] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    backend: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    originals_held: int = 0
+    originals_in_checkpoint: int = 0
+    reversible: bool = True
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        mb = 1e-6
+        head = (
+            f"fastinfer: {len(self.replaced)} modules replaced, {len(self.skipped)} left, "
+            f"{self.bytes_before * mb:.1f} → {self.bytes_after * mb:.1f} MB, {self.seconds:.1f} s, on {self.backend}"
+        )
+        originals = (
+            f"originals: {self.originals_held * mb:.1f} MB held in host memory, "
+            f"{self.originals_in_checkpoint * mb:.1f} MB in the checkpoint"
+            if self.reversible
+            else "originals: not kept (reversible=False)"
+        )
+        lines = [head, originals, *(f"note: {note}" for note in self.notes), ""]
+        lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
+        for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):
+            before, after = sum(r.bytes_before for r in rows) * mb, sum(r.bytes_after for r in rows) * mb
+            errors = [r.error for r in rows if r.error is not None]
+            error = f"{max(errors):7.4f}" if errors else "      –"
+            note = f"  {rows[0].note}" if rows[0].note else ""
+            lines.append(f"  {paths:<44} {rows[0].kind:<12} {before:8.2f} → {after:7.2f} {error}{note}")
+        lines += ["left"] if self.skipped else []
+        for paths, rows in _collapse(self.skipped, lambda r: r.reason):
+            lines.append(f"  {paths:<57} {sum(r.bytes for r in rows) * mb:8.2f}  {rows[0].reason}")
+        return "\n".join(lines)
+
+
+def _collapse(rows, key):
+    """Rows that differ only in numbers inside their path, as one: "layer.{0–5}.query"."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[re.sub(r"\d+", "#", row.path), key(row)].append(row)
+    for (pattern, _), members in groups.items():
+        path = members[0].path
+        if len(members) > 1 and "#" in pattern:
+            path = pattern
+            numbers = zip(*(re.findall(r"\d+", m.path) for m in members))
+            for column in numbers:
+                seen = sorted({int(n) for n in column})
+                text = str(seen[0]) if len(seen) == 1 else f"{{{seen[0]}–{seen[-1]}}}"
+                path = path.replace("#", text, 1)
+        yield path, members

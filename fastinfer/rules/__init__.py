@@ -1,0 +1,1 @@
+"""Rules: what a module must have to be replaced, and what replaces it."""

@@ -1,0 +1,94 @@
+"""Which modules are plain linears that a quantised linear can stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastinfer.modules import Int4Linear, Int8Linear, QuantizedLinear
+from fastinfer.modules.linear import float_weight
+from fastinfer.ops.int4_matmul import GROUP_SIZES
+from fastinfer.recipe import Spec
+
+MIN_FEATURES = 16  # a panel of the kernels; below it there is nothing to gain
+
+
+def is_linear(module: nn.Module) -> bool:
+    """An nn.Linear or transformers Conv1D, a subclass included as long as it multiplies like its parent."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Something that a user would call a linear, whether we can replace it or not."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantizedLinear)
+
+
+def refusal(module: nn.Module, parent: nn.Module) -> str | None:
+    """Why this linear cannot be replaced, or None."""
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        return "offloaded by accelerate: its weights come and go"
+    if not is_linear(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if "forward" in vars(module) and hook is None:
+        return "its forward was replaced on the instance"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    weight = module._parameters.get("weight")
+    if weight is None or hasattr(module, "parametrizations"):
+        return "its weight is parametrised"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if min(weight.shape) < MIN_FEATURES:
+        return f"smaller than {MIN_FEATURES} features: nothing to gain"
+    return None
+
+
+def resolve(spec: Spec, module: nn.Module) -> tuple[Spec, str]:
+    """The spec with its group size settled for this linear, and a note where it differs from what was asked for.
+
+    Raises ValueError where an explicit group size does not divide K.
+    """
+    if spec.weights != "int4":
+        return spec, ""
+    k = float_weight(module).shape[1]
+    if spec.group_size is not None:
+        if k % spec.group_size:
+            fits = [g for g in GROUP_SIZES if k % g == 0]
+            hint = f"group_size={fits[-1]} does" if fits else "no group size does: keep it or use int8"
+            raise ValueError(f"group_size={spec.group_size} does not divide its {k} input features; {hint}")
+        return spec, ""
+    for group_size in (64, 32):
+        if k % group_size == 0:
+            note = "" if group_size == 64 else f"groups of {group_size}: 64 does not divide {k}"
+            return Spec("int4", group_size, spec.method), note
+    return Spec("int8"), f"int8: no group size divides {k}"
+
+
+def build(module: nn.Module, spec: Spec) -> QuantizedLinear:
+    """The quantised linear for a resolved spec."""
+    if spec.weights == "int4":
+        return Int4Linear.from_float(module, spec.group_size, spec.method)
+    return Int8Linear.from_float(module, spec.activations or "keep")
+
+
+def build_tied(module: nn.Linear, first: Int8Linear) -> Int8Linear:
+    """A second linear on the weight of `first`, with a bias of its own."""
+    shared = {"like": first.compute_dtype, "activations": first.activations, "packing": first.packing}
+    return Int8Linear(first.weight, first.weight_scale, module.bias, **shared).train(module.training)
+
+
+def packed_bytes(module: nn.Module, spec: Spec) -> int:
+    """Bytes of weight and scales under a resolved spec, without building."""
+    n, k = float_weight(module).shape
+    return n * k + 4 * n if spec.weights == "int8" else n * k // 2 + 4 * n * (k // spec.group_size)
+
+
+def default_activations(model: nn.Module) -> str:
+    """ "int8" for encoders, whose matmuls have many rows and are bound by arithmetic; "keep" for anything causal."""
+    causal = any(getattr(m, "is_causal", False) is True for m in model.modules())
+    generates = any(m.can_generate() for m in model.modules() if callable(getattr(m, "can_generate", None)))
+    return "keep" if causal or generates else "int8"
