@@ -67,6 +67,7 @@ def _device_backend(kind: str, index: int | None) -> str:
     return "reference"
 
 
+@torch.compiler.assume_constant_result
 def backend(device: torch.device) -> str:
     """How an op runs on `device`: "native" (our library), "triton", or "reference" (plain torch)."""
     return _device_backend(device.type, device.index)

@@ -196,7 +196,8 @@ def _task(module, path, found, sharers, slots, recipe, paths, activations) -> _T
     if sharers:
         tied = "tied to " + ", ".join(paths[m] for m in sharers)
         note = f"{tied}: int8" if spec.weights == "int4" else tied
-        spec = dataclasses.replace(spec, weights="int8", group_size=None)
+        if spec.weights == "int4":
+            spec = Spec("int8", activations="keep")
     if spec.weights == "int8" and spec.activations is None:
         spec = dataclasses.replace(spec, activations=activations)
     return _Task(path, spec, note, linears, embeddings)
@@ -231,7 +232,7 @@ def _report_plan(plan: _Plan, model: nn.Module, paths: dict[nn.Module, str]) -> 
 def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding: looked up, not multiplied"
-    if parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
         return "fused experts: 3-D weights are not replaced yet"
     return f"{type(module).__name__}: not a linear"
 

@@ -65,7 +65,7 @@ def resolve(spec: Spec, module: nn.Module) -> tuple[Spec, str]:
         if k % group_size == 0:
             note = "" if group_size == 64 else f"groups of {group_size}: 64 does not divide {k}"
             return Spec("int4", group_size, spec.method), note
-    return Spec("int8"), f"int8: no group size divides {k}"
+    return Spec("int8", activations="keep"), f"int8: no group size divides {k}"
 
 
 def build(module: nn.Module, spec: Spec) -> QuantizedLinear:

@@ -1,0 +1,38 @@
+"""Fixtures: devices, seeded generators, and memory that shows when it was not written."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from fastinfer import _native
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def native(device):
+    """Skips where the op would run on the reference: comparing it with itself proves nothing."""
+    if _native.backend(torch.device(device)) == "reference":
+        pytest.skip(f"no kernels for {device}: {_native.status}")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty is full of NaN, so that an output element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,38 @@
+"""Shapes, inputs and checks that the quantised matmuls' tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import tolerance
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# M, N: none, one, odd, one past a tile, a real model's
+ROWS_COLUMNS = [(0, 32), (1, 1), (1, 16), (1, 384), (2, 33), (3, 100), (5, 17), (8, 64), (9, 48), (17, 257), (33, 130)]
+ROWS_COLUMNS += [(65, 96), (129, 384)]
+REAL_SHAPES = [(1, 2048, 2048), (16, 1536, 384), (128, 384, 1536), (7, 30522, 384), (1, 4096, 14336)]
+
+
+def activations(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Normal values with a few large columns, as real activations have."""
+    x = torch.randn(*shape, device=device)
+    if x.numel():
+        x[..., :: max(1, shape[-1] // 3)] *= 8
+    return x.to(dtype)
+
+
+def inside_nan(x: torch.Tensor) -> torch.Tensor:
+    """The same values as an offset, strided view into a tensor of NaN."""
+    around = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 7), float("nan"))
+    view = around[..., 3 : 3 + 2 * x.shape[-1] : 2]
+    view.copy_(x)
+    return view
+
+
+def check_float_matmul(out, x, weight64, bias) -> None:
+    """Holds a weight-only matmul to the rule, against torch's linear on the dequantised weight in the dtype of x."""
+    bias64 = None if bias is None else bias.double()
+    exact = nn.functional.linear(x.double(), weight64, bias64)
+    plain = nn.functional.linear(x, weight64.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    tolerance.assert_within(out, exact, plain)

@@ -1,0 +1,104 @@
+"""int4_matmul against fp64: shapes, groups, scale dtypes, layouts, strides, errors, compile."""
+
+import importlib
+
+import pytest
+import torch
+
+from fastinfer.ops import int4_matmul
+from fastinfer.ops.layout import LAYOUTS, ROW, convert
+from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, activations, check_float_matmul, inside_nan
+
+op = importlib.import_module("fastinfer.ops.int4_matmul")
+
+
+def make(m, n, k, g, dtype, device, bias=True, scale_dtype=torch.float16):
+    w = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8, device=device)
+    w_scale = (torch.rand(n, k // g, device=device) * 0.05 + 1e-3).to(scale_dtype)
+    w_zero = (torch.rand(n, k // g, device=device) * 15).to(scale_dtype)
+    b = torch.randn(n, device=device).to(dtype) if bias else None
+    return activations(m, k, dtype=dtype, device=device), w, w_scale, w_zero, b
+
+
+def check(x, w, w_scale, w_zero, bias):
+    weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
+    for layout in LAYOUTS if w.device.type == "cpu" else (ROW,):
+        packed = [convert(t, ROW, layout) for t in (w, w_scale, w_zero)]
+        check_float_matmul(int4_matmul(x, *packed, bias, layout), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "g"), [(32, 32), (96, 32), (64, 64), (320, 64), (128, 128), (384, 128)])
+@pytest.mark.parametrize(("m", "n"), ROWS_COLUMNS)
+def test_matches_fp64(m, n, k, g, dtype, device, native, poisoned):
+    check(*make(m, n, k, g, dtype, device))
+
+
+@pytest.mark.parametrize("g", [32, 128])
+@pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
+def test_matches_fp64_on_real_shapes(m, n, k, g, device, native, poisoned):
+    check(*make(m, n, k, g, torch.bfloat16, device, bias=False))
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 20])
+def test_takes_scales_in_every_float(m, scale_dtype, device, native):
+    check(*make(m, 40, 128, 64, torch.float16, device, scale_dtype=scale_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_reads_strided_x_and_nothing_around_it(m, dtype, device, native):
+    x, *packed, bias = make(m, 50, 96, 32, dtype, device)
+    assert torch.equal(int4_matmul(inside_nan(x), *packed, bias), int4_matmul(x, *packed, bias))
+
+
+def test_keeps_leading_dimensions(device, native):
+    x, *packed, bias = make(6, 48, 64, 64, torch.float32, device)
+    assert torch.equal(int4_matmul(x.view(2, 3, 64), *packed, bias).view(6, 48), int4_matmul(x, *packed, bias))
+
+
+def test_repeats_bit_for_bit(device, native):
+    x, *packed, bias = make(40, 300, 256, 64, torch.bfloat16, device)
+    first = int4_matmul(x, *packed, bias)
+    assert all(torch.equal(first, int4_matmul(x, *packed, bias)) for _ in range(20))
+
+
+def test_unpack_undoes_pack():
+    q = torch.randint(0, 16, (37, 64), dtype=torch.int8)
+    assert torch.equal(op.unpack(op.pack(q)), q)
+    assert op.pack(torch.tensor([[3, 10]])).view(torch.uint8).item() == 3 + 10 * 16
+
+
+BAD = [
+    ("x", TypeError, lambda a: a | {"x": a["x"].int()}),
+    ("x", ValueError, lambda a: a | {"x": a["x"][:, :-2]}),
+    ("w", TypeError, lambda a: a | {"w": a["w"].view(torch.uint8)}),
+    ("w_scale", TypeError, lambda a: a | {"w_scale": a["w_scale"].double()}),
+    ("w_scale", ValueError, lambda a: a | {"w_scale": a["w_scale"][:, :1], "w_zero": a["w_zero"][:, :1]}),
+    ("w_zero", TypeError, lambda a: a | {"w_zero": a["w_zero"].float()}),
+    ("w_zero", ValueError, lambda a: a | {"w_zero": a["w_zero"][1:]}),
+    ("bias", ValueError, lambda a: a | {"bias": a["bias"][:-1]}),
+    ("layout", ValueError, lambda a: a | {"layout": "tiles"}),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "spoil"), BAD)
+def test_names_the_bad_argument(name, error, spoil, device):
+    good = dict(zip(("x", "w", "w_scale", "w_zero", "bias"), make(3, 32, 256, 128, torch.float32, device), strict=True))
+    with pytest.raises(error, match=rf"int4_matmul: .*\b{name}\b"):
+        int4_matmul(**spoil(good))
+
+
+@pytest.mark.parametrize(("name", "spoil"), [(name, spoil) for name, _, spoil in BAD])
+def test_the_native_op_checks_for_itself(name, spoil, device, native):
+    names = ("x", "w", "w_scale", "w_zero", "bias", "layout")
+    good = dict(zip(names, (*make(3, 32, 256, 128, torch.float32, device), ROW), strict=True))
+    a = spoil(good)
+    with pytest.raises(RuntimeError, match="int4_matmul: "):
+        torch.ops.fastinfer.int4_matmul(*(a[key] for key in names))
+
+
+def test_opcheck(device, native):
+    args = (*make(3, 32, 64, 32, torch.float32, device), ROW)
+    torch.library.opcheck(torch.ops.fastinfer.int4_matmul.default, args)

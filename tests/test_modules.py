@@ -1,0 +1,210 @@
+"""Quantised modules: construction, state dict, moves, copies, gradients, autocast."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastinfer.modules import Int4Linear, Int8Embedding, Int8Linear, StateDictError
+from fastinfer.modules.quantized import Packing
+from fastinfer.ops.layout import LAYOUTS, ROW, convert, gather_rows
+
+KINDS = {
+    "int8": lambda m: Int8Linear.from_float(m),
+    "int8-activations": lambda m: Int8Linear.from_float(m, activations="int8"),
+    "int4": lambda m: Int4Linear.from_float(m, group_size=32),
+}
+
+
+@pytest.fixture(params=KINDS)
+def make(request):
+    return KINDS[request.param]
+
+
+def linear(n=50, k=64, bias=True, dtype=torch.float32):
+    return nn.Linear(k, n, bias).to(dtype).eval()
+
+
+@torch.no_grad()
+def test_stands_for_a_linear(make):
+    old = linear()
+    new = make(old)
+    assert isinstance(new, nn.Linear)
+    assert (new.in_features, new.out_features) == (64, 50)
+    assert new.bias is old.bias and new.weight.dtype == torch.int8 and not new.weight.requires_grad
+    assert new.dequantize().shape == old.weight.shape
+    error = (new.dequantize() - old.weight).norm() / old.weight.norm()
+    assert error.item() == pytest.approx(new.weight_error, rel=1e-3)
+    x = torch.randn(3, 7, 64)
+    expected = nn.functional.linear(x, new.dequantize(), old.bias)
+    assert ((new(x) - expected).norm() / expected.norm()).item() < 0.02
+    assert not new.training and "in_features=64" in repr(new)
+
+
+def test_takes_a_conv1d():
+    old = Conv1D(50, 64).eval()
+    new = Int8Linear.from_float(old)
+    assert (new.in_features, new.out_features) == (64, 50)
+    torch.testing.assert_close(new.dequantize(), old.weight.T, atol=old.weight.abs().max().item() / 200, rtol=0)
+
+
+def test_state_dict_is_canonical_and_plain(make):
+    new = make(linear())
+    canonical = new.state_dict()
+    new.use_layout(ROW)
+    for key, tensor in new.state_dict().items():
+        assert torch.equal(canonical[key], tensor) and type(tensor) is torch.Tensor
+    assert {k for k in canonical} >= {"weight", "bias", "weight_scale"}
+
+
+def test_state_dict_loads_into_another_module(make):
+    one, other = make(linear()), make(linear())
+    x = torch.randn(4, 64)
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_survives_a_round_trip_through_safetensors(make, assign, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    one, other = make(linear()), make(linear())
+    save_file(one.state_dict(), tmp_path / "x.safetensors")
+    other.load_state_dict(load_file(tmp_path / "x.safetensors"), assign=assign)
+    x = torch.randn(4, 64)
+    assert torch.equal(one(x), other(x))
+
+
+SPOILED = {
+    "float weight": lambda s: s | {"weight": s["weight"].float()},
+    "short weight": lambda s: s | {"weight": s["weight"][1:]},
+    "half scale": lambda s: s | {"weight_scale": s["weight_scale"].double()},
+    "nan scale": lambda s: s | {"weight_scale": s["weight_scale"] * float("nan")},
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_corrupted_state_dict_changes_nothing(make, spoil):
+    module = make(linear())
+    x = torch.randn(4, 64)
+    expected = module(x)
+    with pytest.raises(StateDictError, match=r"state_dict\['weight(_scale)?'\]"):
+        module.load_state_dict(spoil(module.state_dict()))
+    assert torch.equal(module(x), expected)
+
+
+def test_dtype_moves_leave_scales_alone(make):
+    module = make(linear())
+    scale, before = module.weight_scale.clone(), module.dequantize()
+    module.to(torch.bfloat16)
+    assert module.weight_scale.dtype == scale.dtype and torch.equal(module.weight_scale, scale)
+    assert module.weight.dtype == torch.int8 and module.bias.dtype == torch.bfloat16
+    assert module.compute_dtype == torch.bfloat16 and module.dequantize().dtype == torch.bfloat16
+    assert torch.equal(module.dequantize(torch.float32), before)
+    assert module(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    module.float()
+    assert module.compute_dtype == torch.float32
+
+
+def test_deepcopy_is_independent(make):
+    module = make(linear())
+    x = torch.randn(4, 64)
+    other = copy.deepcopy(module)
+    assert torch.equal(module(x), other(x))
+    other.weight.data.zero_()
+    other.use_layout(ROW)
+    assert not torch.equal(module(x), other(x))
+
+
+def test_meta_module_loads_with_assign(make):
+    module = make(linear())
+    state, x = module.state_dict(), torch.randn(4, 64)
+    empty = copy.deepcopy(module).to("meta")
+    empty.load_state_dict(state, assign=True)
+    empty._like = torch.empty(0)
+    assert torch.equal(empty(x), module(x))
+
+
+def test_gradients_reach_input_and_bias(make):
+    module = make(linear())
+    x = torch.randn(5, 3, 64, requires_grad=True)
+    grad = torch.randn(5, 3, 50)
+    module(x).backward(grad)
+    reference = x.detach().clone().requires_grad_()
+    bias = module.bias.detach().clone().requires_grad_()
+    nn.functional.linear(reference, module.dequantize().detach(), bias).backward(grad)
+    torch.testing.assert_close(x.grad, reference.grad)
+    torch.testing.assert_close(module.bias.grad, bias.grad)
+    assert module.weight.grad is None
+
+
+def test_autocast_gives_its_dtype(make):
+    module, x = make(linear()), torch.randn(2, 64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_an_integer_input_is_named(make):
+    with pytest.raises(TypeError, match="x must be float32"):
+        make(linear())(torch.ones(2, 64, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(kind):
+    module = KINDS[kind](linear()).requires_grad_(False)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for m in (1, 4):
+        x = torch.randn(m, 64)
+        assert torch.equal(compiled(x), module(x))
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 4), (37, 24), (1, 8), (15, 12), (64, 640)])
+def test_layouts_are_bijections_that_keep_shape(n, k):
+    for tensor in (torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.randn(n, k).half()):
+        panel = convert(tensor, "row", "panel16")
+        assert panel.shape == tensor.shape and panel.dtype == tensor.dtype
+        assert torch.equal(convert(panel, "panel16", "row"), tensor)
+
+
+def test_panel16_is_what_layouts_md_says():
+    w = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
+    flat = convert(w, "row", "panel16").view(-1)
+    for n, k in [(0, 0), (5, 3), (15, 23), (16, 4), (31, 9)]:
+        assert flat[n // 16 * 16 * 24 + k // 4 * 64 + n % 16 * 4 + k % 4] == w[n, k]
+    assert torch.equal(flat[32 * 24 :], w[32:].flatten())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gather_rows(layout):
+    w = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
+    ids = torch.tensor([[0, 39, 31], [32, 5, 16]])
+    assert torch.equal(gather_rows(convert(w, "row", layout), ids, layout), w[ids])
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_embedding_and_head_share_one_weight(factor):
+    head = Int8Linear.from_float(linear(100, 64, bias=False))
+    embedding = Int8Embedding(
+        head.weight, head.weight_scale, like=torch.bfloat16, packing=head.packing, padding_idx=0, factor=factor
+    )
+    both = nn.ModuleDict({"embedding": embedding, "head": head})
+    ids = torch.tensor([[3, 99, 17]])
+    expected = head.dequantize().bfloat16()[ids] * factor
+    for model in (both, copy.deepcopy(both), copy.deepcopy(both).to(torch.float32)):
+        assert model["embedding"].weight is model["head"].weight
+        assert model["embedding"].packing is model["head"].packing
+        torch.testing.assert_close(model["embedding"](ids).bfloat16(), expected, rtol=1e-2, atol=1e-3)
+    state = both.state_dict()
+    assert torch.equal(state["embedding.weight"], state["head.weight"])
+    both.load_state_dict(state)
+    torch.testing.assert_close(both["embedding"](ids), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_embedding_is_a_plain_mapping_of_tensors():
+    head = Int8Linear.from_float(linear(32, 64, bias=False))
+    embedding = Int8Embedding(head.weight, head.weight_scale, like=torch.float32, packing=Packing(head.layout))
+    assert isinstance(embedding, nn.Embedding)
+    assert set(embedding.state_dict()) == {"weight", "weight_scale"}
