@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import nn
@@ -119,7 +119,7 @@ def _check_patchable(model: nn.Module) -> None:
     if RECORD in vars(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PatchError("this model is patched already: unpatch it first, or patch once with a Recipe")
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
-    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
+    offloaded = any(getattr(h, "offload", False) for m in model.modules() for h in linear_rule.accelerate_hooks(m))
     if on_meta and not offloaded:
         raise PatchError(f"{on_meta[0]} and {len(on_meta) - 1} more are on the meta device: load the weights first")
 
@@ -175,8 +175,8 @@ def _task(module, path, found, sharers, slots, recipe, paths, activations) -> _T
     linears = [module, *(m for m in sharers if linear_rule.looks_linear(m))]
     embeddings = [m for m in sharers if not linear_rule.looks_linear(m)]
     for linear in linears:
-        for parent, _ in slots[linear]:
-            reason = linear_rule.refusal(linear, parent)
+        for parent, name in slots[linear]:
+            reason = linear_rule.refusal(linear, parent, name)
             if reason:
                 return skip(reason, expected="nothing to gain" in reason)
     if sharers and not all(isinstance(linear, nn.Linear) for linear in linears):
@@ -357,18 +357,26 @@ def _adopt(old: nn.Module, new: nn.Module) -> None:
     for table in HOOK_TABLES:
         setattr(new, table, getattr(old, table))
     new._is_full_backward_hook = old._is_full_backward_hook
-    ours = {"forward", "_old_forward", "_hf_hook"}
-    vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new) and key not in ours})
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
+    _move_accelerate_hook(old, new)
+    vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new) and key != "forward"})
 
-        add_hook_to_module(new, hook)
+
+def _move_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
+    """accelerate's hooks wrap the forward of one module: they are taken off and put on again, never copied."""
+    hook = getattr(source, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(source)
+    vars(source).pop("forward", None)
+    add_hook_to_module(target, hook)
 
 
 def _undo(model: nn.Module, record: _Record) -> None:
     """Puts the original modules and methods back."""
     for parent, name, old, new in reversed(record.swaps):
+        _move_accelerate_hook(new, old)
         parent._modules[name] = old.train(new.training)
     for module, name in record.overridden:
         vars(module).pop(name, None)
@@ -384,7 +392,7 @@ def _override_methods(model: nn.Module, record: _Record) -> None:
         if isinstance(module, PreTrainedModel):
             overrides += [(module, name, method) for name, method in REFUSING.items()]
     for module, name, method in overrides:
-        setattr(module, name, MethodType(method, module))
+        setattr(module, name, partial(method, module))  # unlike a bound method, this can be pickled
         record.overridden.append((module, name))
 
 

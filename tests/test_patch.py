@@ -462,6 +462,58 @@ def test_sentence_transformer_as_input():
     assert torch.equal(model.encode(texts, convert_to_tensor=True), expected)
 
 
+def test_accelerate_hooks_move_over_and_back():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, seen = build("llama"), []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    linear = model.model.layers[0].mlp.up_proj
+    hooks.add_hook_to_module(linear, Counting())
+    expected = logits(model, inputs("llama"))
+    fastinfer.patch(model)
+    logits(model, inputs("llama"))
+    fastinfer.unpatch(model)
+    assert torch.equal(logits(model, inputs("llama")), expected)
+    assert seen == ["Linear", "Int8Linear", "Linear"]
+    hooks.remove_hook_from_module(linear)
+    assert "_hf_hook" not in vars(linear) and torch.equal(logits(model, inputs("llama")), expected)
+
+
+def test_offloaded_weights_are_refused_by_name():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(build("llama"), execution_device="cpu")
+    with pytest.raises(fastinfer.PatchError, match="offloaded by accelerate"):
+        fastinfer.patch(model)
+
+
+def test_a_patched_model_pickles(tmp_path):
+    model = fastinfer.patch(build("gemma3"))
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(other, inputs("gemma3")), logits(model, inputs("gemma3")))
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    with pytest.raises(fastinfer.PatchError, match="unpatch"):
+        other.save_pretrained(tmp_path)
+    fastinfer.unpatch(other)
+    assert type(other.lm_head) is nn.Linear
+
+
+def test_weights_that_a_model_reads_itself_are_left():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, state_size=8)).eval()
+    ids = torch.arange(5, 15)[None]
+    report = fastinfer.report(fastinfer.patch(model))
+    assert {r.path.split(".")[-1] for r in report.replaced} == {"in_proj"}
+    assert any("reads its weight" in s.reason for s in report.skipped)
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_compile_has_no_graph_break(name):
     model = fastinfer.patch(build(name))

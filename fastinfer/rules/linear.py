@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +14,32 @@ from fastinfer.ops.int4_matmul import GROUP_SIZES
 from fastinfer.recipe import Spec
 
 MIN_FEATURES = 16  # a panel of the kernels; below it there is nothing to gain
+
+# Linears whose weight transformers reads instead of calling them, or casts their input to: model folder → names.
+READ_NOT_CALLED = {
+    "bamba": {"out_proj"},
+    "colmodernvbert": {"embedding_proj_layer"},
+    "colpali": {"embedding_proj_layer"},
+    "colqwen2": {"embedding_proj_layer"},
+    "deberta": {"in_proj"},
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"x_proj", "dt_proj", "out_proj", "lm_head"},
+    "gemma3n": {"correction_coefs", "prediction_coefs"},
+    "granitemoehybrid": {"out_proj"},
+    "jamba": {"dt_proj"},
+    "layoutlmv2": {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"},
+    "layoutlmv3": {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"},
+    "longcat_flash": {"classifier"},
+    "mamba": {"x_proj", "dt_proj", "out_proj", "lm_head"},
+    "mamba2": {"out_proj", "lm_head"},
+    "mobilebert": {"dense", "decoder"},
+    "nemotron_h": {"out_proj"},
+    "reformer": {"query_key", "value"},
+    "rwkv": {"output", "value"},
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+    "xlstm": {"lm_head"},
+    "zamba2": {"out_proj"},
+}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -24,17 +52,29 @@ def looks_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantizedLinear)
 
 
-def refusal(module: nn.Module, parent: nn.Module) -> str | None:
-    """Why this linear cannot be replaced, or None."""
+def accelerate_hooks(module: nn.Module) -> list:
+    """accelerate's hooks on a module, one by one."""
     hook = getattr(module, "_hf_hook", None)
-    if getattr(hook, "offload", False):
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _read_not_called(parent: nn.Module, name: str) -> bool:
+    package = type(parent).__module__.split(".")
+    folder = package[2] if package[:2] == ["transformers", "models"] else ""
+    return isinstance(parent, nn.MultiheadAttention) or name in READ_NOT_CALLED.get(folder, ())
+
+
+def refusal(module: nn.Module, parent: nn.Module, name: str) -> str | None:
+    """Why the linear called `name` in `parent` cannot be replaced, or None."""
+    hooks = accelerate_hooks(module)
+    if any(getattr(hook, "offload", False) for hook in hooks):
         return "offloaded by accelerate: its weights come and go"
     if not is_linear(module):
         return f"{type(module).__name__} has a forward of its own"
-    if "forward" in vars(module) and hook is None:
+    if "forward" in vars(module) and not hooks:
         return "its forward was replaced on the instance"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
+    if _read_not_called(parent, name):
+        return f"{type(parent).__name__} reads its weight without calling it"
     weight = module._parameters.get("weight")
     if weight is None or hasattr(module, "parametrizations"):
         return "its weight is parametrised"
@@ -87,8 +127,25 @@ def packed_bytes(module: nn.Module, spec: Spec) -> int:
     return n * k + 4 * n if spec.weights == "int8" else n * k // 2 + 4 * n * (k // spec.group_size)
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model attends causally somewhere: decoders, and encoder–decoders through their decoder.
+
+    Attention modules say so with `is_causal` in most architectures; `can_generate()` and `config.is_decoder` do not
+    (GPT2Model cannot generate, XLNet can, GPT-NeoX has is_decoder=False). Where no module has the flag, a forward that
+    takes a cache counts, unless the configuration denies it.
+    """
+    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if flags:
+        return any(flags)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or getattr(config, "is_decoder", None) is False:
+            continue
+        if {"past_key_values", "cache_params", "state"} & inspect.signature(module.forward).parameters.keys():
+            return True
+    return False
+
+
 def default_activations(model: nn.Module) -> str:
     """ "int8" for encoders, whose matmuls have many rows and are bound by arithmetic; "keep" for anything causal."""
-    causal = any(getattr(m, "is_causal", False) is True for m in model.modules())
-    generates = any(m.can_generate() for m in model.modules() if callable(getattr(m, "can_generate", None)))
-    return "keep" if causal or generates else "int8"
+    return "keep" if is_causal(model) else "int8"
