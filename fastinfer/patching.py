@@ -205,7 +205,8 @@ def _task(module, path, found, sharers, slots, recipe, paths, activations) -> _T
 
 def _report_plan(plan: _Plan, model: nn.Module, paths: dict[nn.Module, str]) -> None:
     """Fills in what the plan replaces, and what it leaves beside linears."""
-    report, covered = plan.report, set()
+    report = plan.report
+    covered: set[nn.Module] = set()
     for task in plan.tasks:
         report.replaced.append(_replaced(task))
         covered.update(m for m in (*task.linears, *task.embeddings))

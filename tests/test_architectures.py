@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from architectures import ALL, DECODERS, ENCODER_DECODERS, ENCODERS, build, inputs, logits
 
 import fastinfer
-from architectures import ALL, DECODERS, ENCODER_DECODERS, ENCODERS, build, inputs, logits
 from fastinfer.modules import Int8Embedding, QuantizedLinear
 
 

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
+from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, activations, check_float_matmul, inside_nan
 
 from fastinfer.ops import int4_matmul
 from fastinfer.ops.layout import LAYOUTS, ROW, convert
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, activations, check_float_matmul, inside_nan
 
 op = importlib.import_module("fastinfer.ops.int4_matmul")
 

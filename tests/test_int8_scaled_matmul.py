@@ -3,13 +3,13 @@
 import importlib
 
 import pytest
-import torch
-
 import tolerance
-from fastinfer.ops import int8_scaled_matmul
-from fastinfer.ops.layout import ROW
+import torch
 from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, inside_nan
 from test_int8_matmul import layouts, make
+
+from fastinfer.ops import int8_scaled_matmul
+from fastinfer.ops.layout import ROW
 
 op = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
 

@@ -56,7 +56,7 @@ def test_state_dict_is_canonical_and_plain(make):
     new.use_layout(ROW)
     for key, tensor in new.state_dict().items():
         assert torch.equal(canonical[key], tensor) and type(tensor) is torch.Tensor
-    assert {k for k in canonical} >= {"weight", "bias", "weight_scale"}
+    assert set(canonical) >= {"weight", "bias", "weight_scale"}
 
 
 def test_state_dict_loads_into_another_module(make):

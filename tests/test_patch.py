@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
+from architectures import build, inputs, logits
 from torch import nn
 
 import fastinfer
-from architectures import build, inputs, logits
 from fastinfer import Int4Linear, Int8Linear, patching
 from fastinfer.modules import Int8Embedding
 from fastinfer.rules import linear as linear_rule
@@ -169,7 +169,11 @@ REFUSED = {
     "empty recipe": (small_bert, {"weights": {}}, "non-empty mapping"),
     "unknown field": (small_bert, {"weights": {"*": {"bits": 4}}}, r"pattern '\*'.*bits"),
     "pattern without a match": (small_bert, {"weights": {"*.mlp.*": "int4", "*": "int8"}}, r"'\*\.mlp\.\*' matches no"),
-    "group beside a recipe": (small_bert, {"weights": {"*": "int4"}, "group_size": 32}, "group_size: give these inside"),
+    "group beside a recipe": (
+        small_bert,
+        {"weights": {"*": "int4"}, "group_size": 32},
+        "group_size: give these inside",
+    ),
 }
 
 

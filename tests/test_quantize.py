@@ -89,7 +89,7 @@ def test_refuses_nan_and_infinity(bad):
 
 def test_names_bad_arguments():
     weight = torch.randn(4, 96)
-    with pytest.raises(ValueError, match="group_size must be one of .* and divide K = 96, got 64"):
+    with pytest.raises(ValueError, match=r"group_size must be one of .* and divide K = 96, got 64"):
         quantize_int4(weight, 64)
     with pytest.raises(ValueError, match="group_size must be one of"):
         quantize_int4(weight, 48)

@@ -1,9 +1,10 @@
-"""The seams of transformers, PEFT, accelerate and torch that `fastinfer.patch` stands on, held by a patch that changes nothing.
+"""The seams of transformers, PEFT, accelerate and torch that `fastinfer.patch` stands on, held by a no-op patch.
 
-The identity patch below does to a model what `fastinfer.patch` does, less the speed: linears are swapped for a subclass of
-their own class, blocks keep their module and get a forward on the instance, `generate` is wrapped on the instance and passes
-`custom_generate=`. What a user does with a model has to come through unchanged. A test named `test_limit_*` asserts what does
-NOT hold: when one fails, a limit has moved, and the section "Seams" of CONTRIBUTING.md wants an edit.
+The identity patch below does to a model what `fastinfer.patch` does, less the speed: linears are swapped for a
+subclass of their own class, blocks keep their module and get a forward on the instance, `generate` is wrapped on the
+instance and passes `custom_generate=`. What a user does with a model has to come through unchanged. A test named
+`test_limit_*` asserts what does NOT hold: when one fails, a limit has moved, and the section "Seams" of
+CONTRIBUTING.md wants an edit.
 """
 
 import copy
@@ -14,9 +15,8 @@ import types
 
 import pytest
 import torch
+import transformers
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -34,10 +34,14 @@ class Same:
         nn.Module.__init__(new)
         kept_back = {*new.__dict__, "forward", "_old_forward", "_hf_hook"} - set(HOOKS)
         for name, value in old.__dict__.items():
-            if name not in kept_back:  # the hooks' dictionaries are shared, not copied: a handle refers to the very one it is in
+            if (
+                name not in kept_back
+            ):  # the hooks' dictionaries are shared, not copied: a handle refers to the very one it is in
                 new.__dict__[name] = value
         new._parameters.update(old._parameters)  # the same Parameter objects: ties hold
-        new.train(old.training).__dict__["_seam"] = (old,)  # in a tuple it is no child; deepcopy and pickle take it along
+        new.train(old.training).__dict__["_seam"] = (
+            old,
+        )  # in a tuple it is no child; deepcopy and pickle take it along
         return new
 
 
@@ -72,8 +76,10 @@ def same_forward(self, *args, **kwargs):
 
 
 def override(module):
-    """A forward of the instance's own, below accelerate's where that was there first. A partial: deepcopy rebinds it, pickle keeps it."""
-    setattr(module, "_old_forward" if "_hf_hook" in module.__dict__ else "forward", functools.partial(same_forward, module))
+    """A forward of the instance's own, below accelerate's if that came first. A partial survives deepcopy and pickle."""
+    setattr(
+        module, "_old_forward" if "_hf_hook" in module.__dict__ else "forward", functools.partial(same_forward, module)
+    )
 
 
 def restore(module):
@@ -94,7 +100,10 @@ def decode(model, input_ids, logits_processor=None, stopping_criteria=None, gene
 
 def same_generate(self, *args, **kwargs):
     """A callable `custom_generate` costs the first five arguments (see the limits below): these calls go on untouched."""
-    if not any(kwargs.get(name) is not None for name in ("custom_generate", "assistant_model", "assistant_tokenizer", "tokenizer", "synced_gpus")):
+    if not any(
+        kwargs.get(name) is not None
+        for name in ("custom_generate", "assistant_model", "assistant_tokenizer", "tokenizer", "synced_gpus")
+    ):
         streamer = kwargs.get("streamer")
         kwargs["custom_generate"] = functools.partial(decode, streamer=streamer) if streamer is not None else decode
     return type(self).generate(self, *args, **kwargs)
@@ -131,15 +140,36 @@ def unpatch(model):
 
 # ------------------------------------------------------------------------------------------------------ tiny models
 
-ENCODER = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+ENCODER = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 DECODER = dict(ENCODER, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GEMMA = dict(DECODER, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 EXPERTS = dict(DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+T5 = dict(
+    vocab_size=99,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=2,
+)
 MODELS = {
     "bert": ("BertModel", "BertConfig", ENCODER),
-    "deberta": ("DebertaV2Model", "DebertaV2Config", dict(ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"])),
+    "deberta": (
+        "DebertaV2Model",
+        "DebertaV2Config",
+        dict(ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA),
@@ -155,7 +185,9 @@ lora_models = pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gemma3"
 def tiny(name, **config):
     model_class, config_class, settings = MODELS[name]
     torch.manual_seed(0)
-    return getattr(transformers, model_class)(getattr(transformers, config_class)(**settings, **config, attn_implementation="eager")).eval()
+    return getattr(transformers, model_class)(
+        getattr(transformers, config_class)(**settings, **config, attn_implementation="eager")
+    ).eval()
 
 
 def inputs(model):
@@ -168,7 +200,12 @@ def inputs(model):
 def tensors(output):
     """Every tensor of a model's output but the cache, by its path."""
     items = [(key, value if isinstance(value, tuple) else (value,)) for key, value in output.items()]
-    return {f"{key}.{i}": tensor for key, values in items for i, tensor in enumerate(values) if isinstance(tensor, torch.Tensor)}
+    return {
+        f"{key}.{i}": tensor
+        for key, values in items
+        for i, tensor in enumerate(values)
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 def run(model, **kwargs):
@@ -188,7 +225,13 @@ def picture(model):
 
 
 def linears(model):
-    return sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and name != "lm_head"})
+    return sorted(
+        {
+            name.split(".")[-1]
+            for name, m in model.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D)) and name != "lm_head"
+        }
+    )
 
 
 # --------------------------------------------------------------------------- outputs, undo, copies, files and hooks
@@ -196,7 +239,9 @@ def linears(model):
 
 @every_model
 def test_recorded_outputs(name):
-    wanted = dict(output_hidden_states=True, output_attentions=True) | (dict(output_router_logits=True) if "moe" in name else {})
+    wanted = dict(output_hidden_states=True, output_attentions=True) | (
+        dict(output_router_logits=True) if "moe" in name else {}
+    )
     model, want = tiny(name), run(tiny(name), **wanted)
     assert sum("hidden_states" in key for key in want) > 2 and any("attentions" in key for key in want)
     assert_same(run(patch(model), **wanted), want)  # recorders installed after the patch
@@ -212,29 +257,39 @@ def test_undo_and_state_dict(name):
     assert_same(run(model), want)
     assert_same(model.state_dict(), original.state_dict())
     assert list(dict(model.named_parameters())) == list(dict(original.named_parameters()))  # without repeats: ties hold
-    model.load_state_dict({key: value + 1 for key, value in original.state_dict().items()}, assign=True)  # new Parameter objects
+    model.load_state_dict(
+        {key: value + 1 for key, value in original.state_dict().items()}, assign=True
+    )  # new Parameter objects
     assert picture(unpatch(model)) == before
     assert_same(model.state_dict(), {key: value + 1 for key, value in original.state_dict().items()})
 
 
 @every_model
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_independent(name, twin_of):
     model = patch(tiny(name))
     want, twin = run(model), twin_of(model)
     assert_same(run(twin), want)
     assert not {id(m) for m in twin.modules()} & {id(m) for m in model.modules()}
-    assert all(m.__dict__[slot].args == (m,) for m in twin.modules() for slot in ("forward", "generate") if slot in m.__dict__)
+    assert all(
+        m.__dict__[slot].args == (m,) for m in twin.modules() for slot in ("forward", "generate") if slot in m.__dict__
+    )
     for parameter in twin.parameters():
         parameter.data.zero_()
     assert_same(run(model), want)
     assert not torch.equal(next(iter(run(twin).values())), next(iter(want.values())))  # runs on its own weights
-    assert not any(isinstance(m, Same) for m in unpatch(twin).modules()) and any(isinstance(m, Same) for m in model.modules())
+    assert not any(isinstance(m, Same) for m in unpatch(twin).modules()) and any(
+        isinstance(m, Same) for m in model.modules()
+    )
 
 
 def test_limit_a_bound_method_as_forward_does_not_survive_pickle():
     model = tiny("bert")
-    model.pooler.forward = types.MethodType(same_forward, model.pooler)  # pickled as a name to look up on the half-built copy
+    model.pooler.forward = types.MethodType(
+        same_forward, model.pooler
+    )  # pickled as a name to look up on the half-built copy
     with pytest.raises(AttributeError, match="same_forward"):
         pickle.loads(pickle.dumps(model))
 
@@ -256,12 +311,16 @@ def test_hooks_of_the_user(name):
     where = next(key for key, module in model.named_modules() if type(module) in SWAPS)
     linear = model.get_submodule(where)
     handles = [linear.register_forward_pre_hook(lambda m, args: calls.append(("pre", type(m))))]
-    handles += [linear.register_forward_hook(lambda m, args, kwargs, out: calls.append(("before", type(m))), with_kwargs=True)]
+    handles += [
+        linear.register_forward_hook(lambda m, args, kwargs, out: calls.append(("before", type(m))), with_kwargs=True)
+    ]
     new = patch(model).get_submodule(where)
     handles += [new.register_forward_hook(lambda m, args, out: calls.append(("after", type(m))))]
     handles += [new.register_full_backward_hook(lambda m, grad, out: calls.append(("backward", type(m))))]
     next(iter(tensors(model(**inputs(model))).values())).sum().backward()
-    assert calls == [(when, type(new)) for when in ("pre", "before", "after", "backward")]  # a hook is given the new module
+    assert calls == [
+        (when, type(new)) for when in ("pre", "before", "after", "backward")
+    ]  # a hook is given the new module
     handles.pop(0).remove()
     assert unpatch(model).get_submodule(where) is linear
     calls.clear()
@@ -284,7 +343,10 @@ def test_gradient_checkpointing():
 def test_limit_a_parametrised_linear_is_of_another_class_and_has_no_weight_parameter():
     model = tiny("bert")
     nn.utils.parametrizations.weight_norm(model.pooler.dense)
-    assert type(patch(model).pooler.dense).__name__ == "ParametrizedLinear" and "weight" not in model.pooler.dense._parameters
+    assert (
+        type(patch(model).pooler.dense).__name__ == "ParametrizedLinear"
+        and "weight" not in model.pooler.dense._parameters
+    )
 
 
 def test_limit_a_conv1d_that_becomes_a_linear_turns_its_weight_in_the_state_dict(tmp_path):
@@ -339,7 +401,9 @@ def test_lora(name, first):
 
 def dispatched(model):
     accelerate = pytest.importorskip("accelerate")
-    return accelerate.dispatch_model(model, {name: "cpu" for name, _ in model.named_children()}, main_device="cpu", force_hooks=True)
+    return accelerate.dispatch_model(
+        model, {name: "cpu" for name, _ in model.named_children()}, main_device="cpu", force_hooks=True
+    )
 
 
 @every_model
@@ -348,7 +412,9 @@ def test_accelerate_hooks_before_the_patch(name):
     want, before = run(model), picture(model)
     assert_same(run(patch(model)), want)
     swapped = [m for m in model.modules() if isinstance(m, Same)]
-    assert all(m._hf_hook is not None and m.forward.args == (m,) and "_hf_hook" not in m._seam[0].__dict__ for m in swapped)
+    assert all(
+        m._hf_hook is not None and m.forward.args == (m,) and "_hf_hook" not in m._seam[0].__dict__ for m in swapped
+    )
     assert_same(run(copy.deepcopy(model)), want)
     assert picture(unpatch(model)) == before
     assert_same(run(model), want)
@@ -361,7 +427,11 @@ def test_accelerate_hooks_after_the_patch(name):
     dispatched(patch(model))
     assert_same(run(model), want)
     assert_same(run(unpatch(model)), want)
-    assert not any(getattr(m.__dict__.get(slot), "func", None) is same_forward for m in model.modules() for slot in ("forward", "_old_forward"))
+    assert not any(
+        getattr(m.__dict__.get(slot), "func", None) is same_forward
+        for m in model.modules()
+        for slot in ("forward", "_old_forward")
+    )
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(patch(model), recurse=True)
@@ -422,11 +492,22 @@ class Streamer:
 
 def tiny_tokenizer():
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["[PAD]", "<s>", "</s>", "[UNK]", *(f"w{i}" for i in range(94)), "abcdef"]  # the last: StopStringCriteria probes with it
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    words = [
+        "[PAD]",
+        "<s>",
+        "</s>",
+        "[UNK]",
+        *(f"w{i}" for i in range(94)),
+        "abcdef",
+    ]  # the last: StopStringCriteria probes with it
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = dict(pad_token="[PAD]", bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, padding_side="left", model_max_length=64)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, padding_side="left", model_max_length=64
+    )
 
 
 def greedy(model, **kwargs):
@@ -478,14 +559,18 @@ def test_generate_through_peft(name):
     def lora(model):
         torch.manual_seed(1)
         task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
-        return peft.get_peft_model(model, peft.LoraConfig(target_modules=linears(model), init_lora_weights=False, task_type=task)).eval()
+        return peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=linears(model), init_lora_weights=False, task_type=task)
+        ).eval()
 
     model = lora(patch(tiny(name)))
     assert_same(generated(model), generated(lora(tiny(name))))
     assert model.get_base_model()._decoded == 1
 
 
-@pytest.mark.parametrize("task, name", [("text-generation", "llama"), ("text-generation", "gpt2"), ("feature-extraction", "bert")])
+@pytest.mark.parametrize(
+    "task, name", [("text-generation", "llama"), ("text-generation", "gpt2"), ("feature-extraction", "bert")]
+)
 def test_pipeline(task, name):
     model, texts = tiny(name), ["w1 w2 w3", "w4 w5"]
     options = dict(max_new_tokens=4, do_sample=False) if task == "text-generation" else {}
@@ -505,7 +590,9 @@ def test_sentence_transformer(tmp_path):
     want = model.encode(texts)
     assert (patch(model).encode(texts) == want).all() and any(isinstance(m, Same) for m in model.modules())
     model.save_pretrained(str(tmp_path / "saved"))
-    assert (sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) == want).all()
+    assert (
+        sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) == want
+    ).all()
     assert (unpatch(model).encode(texts) == want).all()
 
 
@@ -513,7 +600,9 @@ def test_sentence_transformer(tmp_path):
 def test_compile(name):
     def compiled(model):
         torch._dynamo.reset()
-        return run(torch.compile(model, backend="eager", fullgraph=True), **({} if name == "bert" else dict(use_cache=False)))
+        return run(
+            torch.compile(model, backend="eager", fullgraph=True), **({} if name == "bert" else dict(use_cache=False))
+        )
 
     assert_same(compiled(patch(tiny(name))), compiled(tiny(name)))
 
@@ -538,7 +627,11 @@ class ByteLinear(nn.Linear):
     def __init__(self, old, share=None):
         super().__init__(old.in_features, old.out_features, bias=False, device="meta")
         scale = old.weight.detach().abs().amax(1) / 127
-        self.weight = share.weight if share else nn.Parameter((old.weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.weight = (
+            share.weight
+            if share
+            else nn.Parameter((old.weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        )
         self.register_buffer("weight_scale", share.weight_scale if share else scale)
 
     def forward(self, x):
@@ -547,8 +640,14 @@ class ByteLinear(nn.Linear):
 
 class ByteEmbedding(nn.Embedding):
     def __init__(self, old):
-        super().__init__(old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=torch.empty(old.weight.shape, device="meta"))
-        byte = ByteLinear(types.SimpleNamespace(in_features=old.embedding_dim, out_features=old.num_embeddings, weight=old.weight.detach() + 1e-9))
+        super().__init__(
+            old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=torch.empty(old.weight.shape, device="meta")
+        )
+        byte = ByteLinear(
+            types.SimpleNamespace(
+                in_features=old.embedding_dim, out_features=old.num_embeddings, weight=old.weight.detach() + 1e-9
+            )
+        )
         self.weight, self.weight_scale = byte.weight, nn.Buffer(byte.weight_scale)
 
     def forward(self, ids):
@@ -572,10 +671,15 @@ def test_dtype_device_and_ties_with_int8_weights(tmp_path):
     from safetensors.torch import load_file
 
     model = in_bytes()
-    assert model.model.embed_tokens.weight.dtype == torch.int8 and model.dtype == torch.float32  # the first floating *parameter*
+    assert (
+        model.model.embed_tokens.weight.dtype == torch.int8 and model.dtype == torch.float32
+    )  # the first floating *parameter*
     model.tie_weights()
     for each in (model, copy.deepcopy(model)):
-        assert each.lm_head.weight is each.model.embed_tokens.weight and each.lm_head.weight_scale is each.model.embed_tokens.weight_scale
+        assert (
+            each.lm_head.weight is each.model.embed_tokens.weight
+            and each.lm_head.weight_scale is each.model.embed_tokens.weight_scale
+        )
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert not any("lm_head" in key for key in saved) and saved["model.embed_tokens.weight"].dtype == torch.int8
@@ -584,7 +688,10 @@ def test_dtype_device_and_ties_with_int8_weights(tmp_path):
 def test_limit_a_cast_parts_tied_scales_and_rounds_them():
     model = in_bytes().to(torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight_scale is not model.model.embed_tokens.weight_scale and model.lm_head.weight_scale.dtype == torch.bfloat16
+    assert (
+        model.lm_head.weight_scale is not model.model.embed_tokens.weight_scale
+        and model.lm_head.weight_scale.dtype == torch.bfloat16
+    )
 
 
 def test_limit_tie_weights_writes_a_float_embedding_over_an_int8_head():

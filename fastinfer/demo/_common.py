@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def interleaved_medians(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+def interleaved_medians(calls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each call. The calls take turns, so that a disturbance of the machine hits all alike."""
     for call in calls.values():
         call()

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> dict:
     prompt = texts[0][:, :PROMPT_TOKENS].to(args.device)
     how = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
     mask = torch.ones_like(prompt)
-    calls = {n: lambda m=m: m.generate(prompt, attention_mask=mask, **how) for n, m in models.items()}
+    calls = {n: partial(m.generate, prompt, attention_mask=mask, **how) for n, m in models.items()}
     times = interleaved_medians(calls, min(args.rounds, 3), args.device)
     quality = compare(models, texts, args.device)
 
@@ -125,7 +126,9 @@ def run(args: argparse.Namespace) -> dict:
             "megabytes": megabytes(model),
             **quality[name],
         }
-    print(f"{path}\n{figures['machine']}; prompt {prompt.shape[1]}, {args.tokens} new tokens; quality on {tokens} tokens\n")
+    print(
+        f"{path}\n{figures['machine']}; prompt {prompt.shape[1]}, {args.tokens} new tokens; quality on {tokens} tokens\n"
+    )
     headers = ["", "tokens/s", "speed-up", "MB", "perplexity", "KL divergence", "same top token"]
     rows = [
         [n, f"{r['tokens_per_second']:.1f}", f"{r['speedup']:.2f} ×", f"{r['megabytes']:.0f}", f"{r['perplexity']:.2f}"]

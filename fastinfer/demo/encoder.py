@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> dict:
         max_length=args.length,
         return_tensors="pt",
     ).to(args.device)
-    times = interleaved_medians({n: lambda m=m: m(**full) for n, m in models.items()}, args.rounds, args.device)
+    times = interleaved_medians({n: partial(m, **full) for n, m in models.items()}, args.rounds, args.device)
     embeddings = {name: embed(model, tokenizer, sentences, args.device) for name, model in models.items()}
 
     reference, first = embeddings["original"], times["original"]

@@ -150,9 +150,7 @@ class Int4Linear(QuantizedLinear):
         return self.in_features // self.weight_scale.shape[1]
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.int4_matmul(
-            x, self.weight, self.weight_scale, self.weight_zero, self._bias_for(x), self.layout
-        )
+        return ops.int4_matmul(x, self.weight, self.weight_scale, self.weight_zero, self._bias_for(x), self.layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         return dequantize_int4(

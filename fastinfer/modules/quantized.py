@@ -7,6 +7,8 @@ known once, also after a deep copy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -75,7 +77,7 @@ class QuantizedModule(nn.Module):
             canonical = convert(tensor.detach(), self.layout, ROW)
             destination[prefix + name] = canonical if self.layout != ROW or not keep_vars else tensor
 
-    def check_state_dict(self, state_dict: dict, prefix: str = "") -> None:
+    def check_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Raises StateDictError where an entry for this module has the wrong shape or dtype, or a scale is not finite."""
         for name in ("weight", *self.scales):
             entry, own = state_dict.get(prefix + name), getattr(self, name)

@@ -111,6 +111,7 @@ def resolve(spec: Spec, module: nn.Module) -> tuple[Spec, str]:
 def build(module: nn.Module, spec: Spec) -> QuantizedLinear:
     """The quantised linear for a resolved spec."""
     if spec.weights == "int4":
+        assert spec.group_size is not None
         return Int4Linear.from_float(module, spec.group_size, spec.method)
     return Int8Linear.from_float(module, spec.activations or "keep")
 
@@ -124,7 +125,7 @@ def build_tied(module: nn.Linear, first: Int8Linear) -> Int8Linear:
 def packed_bytes(module: nn.Module, spec: Spec) -> int:
     """Bytes of weight and scales under a resolved spec, without building."""
     n, k = float_weight(module).shape
-    return n * k + 4 * n if spec.weights == "int8" else n * k // 2 + 4 * n * (k // spec.group_size)
+    return n * k + 4 * n if spec.group_size is None else n * k // 2 + 4 * n * (k // spec.group_size)
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -1,0 +1,167 @@
+// What every CUDA op needs around its kernel: device guard, stream, device limits, dtype switches, aligned operands.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <mutex>
+
+#include "common/tensor.h"
+
+namespace fastinfer {
+
+// ---- element types known at run time ------------------------------------------------------------------------------------
+
+enum class Element : int { kFloat = 0, kHalf = 1, kBFloat16 = 2 };  // kFloat must be 0, see load_raw
+
+inline Element element_of(ScalarType t) {
+  return t == ScalarType::Float ? Element::kFloat : t == ScalarType::Half ? Element::kHalf : Element::kBFloat16;
+}
+
+__device__ __forceinline__ float load_float(const void* data, Element type, int64_t i) {
+  if (type == Element::kHalf) return __half2float(static_cast<const __half*>(data)[i]);
+  if (type == Element::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+// The same in two halves, for loads that are to be in flight: a conversion beside its load would wait for it.
+__device__ __forceinline__ uint32_t load_raw(const void* data, Element type, int64_t i) {
+  uint32_t v;
+  asm("{\n"
+      ".reg .pred wide;\n"
+      "setp.eq.s32 wide, %3, 0;\n"
+      "@wide ld.global.nc.u32 %0, [%1];\n"
+      "@!wide ld.global.nc.u16 %0, [%2];\n"
+      "}\n"
+      : "=r"(v)
+      : "l"(static_cast<const float*>(data) + i), "l"(static_cast<const uint16_t*>(data) + i), "r"(static_cast<int>(type)));
+  return v;
+}
+__device__ __forceinline__ float raw_to_float(uint32_t v, Element type) {
+  if (type == Element::kHalf) return __half2float(__ushort_as_half(static_cast<unsigned short>(v)));
+  return __uint_as_float(type == Element::kBFloat16 ? v << 16 : v);
+}
+__device__ __forceinline__ void store_float(void* data, Element type, int64_t i, float v) {
+  if (type == Element::kHalf) {
+    static_cast<__half*>(data)[i] = __float2half_rn(v);
+  } else if (type == Element::kBFloat16) {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v);
+  } else {
+    static_cast<float*>(data)[i] = v;
+  }
+}
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) { return v; }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// Calls f with a value of the C++ type of `t`: dispatch_float(t, [&](auto zero) { using T = decltype(zero); … }).
+template <typename F>
+void dispatch_float(ScalarType t, F&& f) {
+  if (t == ScalarType::Half) {
+    f(__half{});
+  } else if (t == ScalarType::BFloat16) {
+    f(__nv_bfloat16{});
+  } else {
+    f(float{});
+  }
+}
+
+// ---- device ---------------------------------------------------------------------------------------------------------------
+
+struct DeviceLimits {
+  int capability = 0;      // 80, 86, 90 …
+  int multiprocessors = 0;
+  int smem_per_block = 0;  // bytes, with the opt-in above 48 KiB
+  int smem_per_multiprocessor = 0;
+};
+
+// Read once a device; the attribute queries are legal while a CUDA graph is being captured.
+inline const DeviceLimits& device_limits(int device) {
+  constexpr int kMaxDevices = 64;
+  static std::array<DeviceLimits, kMaxDevices> limits;
+  static std::array<std::once_flag, kMaxDevices> once;
+  if (device < 0 || device >= kMaxDevices) throw std::runtime_error("fastinfer: device index out of range");
+  std::call_once(once[device], [device] {
+    const auto get = [device](cudaDeviceAttr attribute) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+      return value;
+    };
+    DeviceLimits& l = limits[device];
+    l.multiprocessors = get(cudaDevAttrMultiProcessorCount);
+    l.smem_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    l.smem_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    l.capability = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  });
+  return limits[device];
+}
+
+// One per op call: makes x's device current until the end of the scope, holds its current stream, refuses old GPUs.
+class LaunchContext {
+ public:
+  LaunchContext(const char* op, const Tensor& x)
+      : guard_(x.get_device_index()), limits_(device_limits(x.get_device_index())) {
+    FASTINFER_CHECK(op, limits_.capability >= 80, "needs a GPU of compute capability 8.0 or newer, this one has ",
+                    limits_.capability / 10, ".", limits_.capability % 10);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+  const DeviceLimits& limits() const { return limits_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  const DeviceLimits& limits_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// ---- operands -------------------------------------------------------------------------------------------------------------
+
+inline bool is_aligned16(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// `t` [rows, columns] contiguous, starting on a 16-byte boundary, its columns zero-padded to a multiple of `multiple`;
+// `t` itself where it is so already.
+inline Tensor aligned_rows(const Tensor& t, int64_t multiple) {
+  const int64_t columns = t.size(1), padded = (columns + multiple - 1) / multiple * multiple;
+  if (columns == padded && t.is_contiguous() && is_aligned16(t)) return t;
+  Tensor out = torch::stable::new_zeros(t, {t.size(0), padded});
+  Tensor inner = columns == padded ? out : torch::stable::narrow(out, 1, 0, columns);
+  torch::stable::copy_(inner, t);
+  return out;
+}
+
+// x [..., K] as [M, K].
+inline Tensor as_matrix(const Tensor& x, const MatmulShape& shape) {
+  if (x.dim() == 2) return x;
+  return torch::stable::reshape(x, {shape.m, shape.k});
+}
+
+// An uninitialised y [..., N] for x [..., K].
+inline Tensor empty_output(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  return torch::stable::new_empty(x, sizes);
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+// Runtime launch errors (bad configuration, no code for this GPU) as exceptions naming the op.
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace fastinfer

@@ -1,0 +1,214 @@
+// The one path of all quantised matmuls: y[M, N] = x[M, K] · w[N, K]ᵀ over panels of 16 rows of w.
+// Source    Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008: x in blocks
+//           that stay in L2, a panel of w in L1, a register tile of both; here the panel is expanded from 8 or 4 bits.
+// Layout    LAYOUTS.md#panel16; row-order weights, the last N mod 16 rows and ragged K are packed into a panel on the stack
+// Mapping   lanes are output channels, so nothing is summed across lanes; per k one column of x is broadcast:
+//
+//             x [rows][16 k] ──broadcast──┐           M ≤ kMaxRows:  stream(): bytes → registers → multiply-add
+//             w [k][16 channels] ─────────┴→ tile     else:          expand() a block of K once, tile() for each row block
+//
+// Included once per instruction set by each_isa.h. `Op` is the arithmetic: float_op.h, dot_avx2.h, dot_avx512.h give
+//   X, Acc, Expanded, Side   element types: packed x, sums, expanded weights, whatever a panel needs beside its lines
+//   kUnit, kBlock, kSide     columns in a unit of 4 bytes; columns a pass; Side elements for a panel and pass
+//   prepare, expand, stream, tile, pack
+
+// Accumulators that a tile of `rows` × `panels` takes fit into the registers.
+constexpr bool tile_fits(int64_t rows, int64_t panels, int64_t most = kMaxAccumulators) {
+  return panels == 1 || rows * panels * kLineVecs <= most;
+}
+
+constexpr int64_t kMaxPanels = 4;
+constexpr int64_t kTileChannels = kMaxAccumulators / (kMaxRows * kLineVecs) * kPanel;  // of an expanded tile
+
+// `count` units of the 16 rows of a panel from `unit` on, as a panel16 panel has them; rows and bytes past the end are 0.
+inline const uint8_t* panel_lines(const PackedWeights& w, int64_t panel, int64_t unit, int64_t count, uint8_t* packed) {
+  if (w.in_panel(panel)) return w.data + panel * kPanel * w.row_bytes + unit * 4 * kPanel;
+  const int64_t rows = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
+  const int64_t left = w.row_bytes - unit * 4, whole = left / 4 < count ? left / 4 : count;
+  if (rows < kPanel) std::memset(packed, 0, count * 4 * kPanel);
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* source = w.data + (panel * kPanel + row) * w.row_bytes + unit * 4;
+    uint8_t* target = packed + row * 4;
+    for (int64_t u = 0; u < whole; ++u) std::memcpy(target + u * 4 * kPanel, source + u * 4, 4);
+    if (whole < count) {
+      uint32_t last = 0;
+      std::memcpy(&last, source + whole * 4, left - whole * 4);
+      std::memcpy(target + whole * 4 * kPanel, &last, 4);
+    }
+  }
+  return packed;
+}
+
+template <Dtype T>
+FI_INLINE void load_some(const char* p, int64_t count, Float* out) {  // 16 elements, those past count 0
+  alignas(64) char padded[kChunk * 4];
+  constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
+  if (count < kChunk) {
+    std::memset(padded, 0, sizeof(padded));
+    if (count > 0) std::memcpy(padded, p, count * kBytes);
+    p = padded;
+  }
+  for (int v = 0; v < kLineVecs; ++v) out[v] = load_as_float<T>(p + v * kLanes * kBytes);
+}
+
+inline void load_some(Dtype type, const char* p, int64_t index, int64_t count, float* out) {
+  Float values[kLineVecs];
+  p += index * bytes_of(type);
+  if (type == Dtype::kFloat) load_some<Dtype::kFloat>(p, count, values);
+  if (type == Dtype::kBFloat16) load_some<Dtype::kBFloat16>(p, count, values);
+  if (type == Dtype::kHalf) load_some<Dtype::kHalf>(p, count, values);
+  for (int v = 0; v < kLineVecs; ++v) store(out + v * kLanes, values[v]);
+}
+
+FI_INLINE Float load_sums(const float* p) { return load(p); }
+FI_INLINE Float load_sums(const int32_t* p) { return to_float(load_int(p)); }
+
+// y = sum · (x_scale · w_scale) + bias for a tile of sums [rows][channels], of which `columns` are inside y.
+template <Dtype T, class Acc>
+void finish(const Job& job, int64_t row0, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
+            const float* scale, const float* bias) {
+  constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
+  alignas(64) char padded[kPanel * 4];
+  for (int64_t row = 0; row < rows; ++row) {
+    const Float x_scale = broadcast(job.x_scale == nullptr ? 1.0f : job.x_scale[row0 + row]);
+    for (int64_t c = 0; c < channels && column + c < job.n; c += kPanel) {
+      char* y = job.y + ((row0 + row) * job.n + column + c) * kBytes;
+      const int64_t count = job.n - column - c;
+      char* target = count < kPanel ? padded : y;
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        const Float sum = load_sums(sums + row * channels + c + v);
+        const Float value = fma(sum, mul(x_scale, load(scale + c + v)), load(bias + c + v));
+        store_from_float<T>(target + v * kBytes, value);
+      }
+      if (count < kPanel) std::memcpy(y, padded, count * kBytes);
+    }
+  }
+}
+
+template <class Op>
+struct PanelMatmul {
+  using X = typename Op::X;
+  using Acc = typename Op::Acc;
+  using Side = typename Op::Side;
+
+  // One block of K for one block of rows.
+  struct Call {
+    const X* x;                   // [len / 16][rows][16]
+    const uint8_t* const* lines;  // a pointer a panel
+    const Side* side;             // [panels][kSide]
+    const typename Op::Expanded* expanded;
+    int64_t len;
+    bool first;
+    Acc* sums;  // [rows][panels · 16]
+  };
+
+  template <int ROWS, int PANELS>
+  static void call(const Call& c) {
+    if constexpr (PANELS * kPanel <= kTileChannels && Op::kExpands) {
+      if (c.expanded != nullptr) return Op::template tile<ROWS, PANELS>(c.x, c.expanded, c.len, c.first, c.sums);
+    }
+    Op::template stream<ROWS, PANELS>(c.x, c.lines, c.side, c.len, c.first, c.sums);
+  }
+
+  template <int ROWS = kMaxRows>
+  static void dispatch(int64_t rows, int64_t panels, const Call& c) {
+    if (rows < ROWS) {
+      if constexpr (ROWS > 1) dispatch<ROWS - 1>(rows, panels, c);
+      return;
+    }
+    if constexpr (tile_fits(ROWS, 4, Op::kStreamAccumulators)) {
+      if (panels == 4) return call<ROWS, 4>(c);
+    }
+    if constexpr (tile_fits(ROWS, 2)) {
+      if (panels == 2) return call<ROWS, 2>(c);
+    }
+    call<ROWS, 1>(c);
+  }
+
+  // The widest group of panels that is left and fits the registers with this many rows.
+  static int64_t width(int64_t rows, int64_t left, bool expands) {
+    if (!expands && left >= 4 && tile_fits(rows, 4, Op::kStreamAccumulators)) return 4;
+    return left >= 2 && tile_fits(rows, 2, expands ? kMaxAccumulators : Op::kStreamAccumulators) ? 2 : 1;
+  }
+
+  static void matmul(const Job& job, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {
+    alignas(64) uint8_t packed[kMaxPanels][Op::kBlock / Op::kUnit * 4 * kPanel];
+    alignas(64) Side side[kMaxPanels * Op::kSide];
+    alignas(64) typename Op::Expanded expanded[Op::kExpands ? Op::kBlock * kTileChannels : 1];
+    alignas(64) Acc sums[kChunkRows * kTileChannels];
+    alignas(64) float scale[kMaxPanels * kPanel], bias[kMaxPanels * kPanel];
+    const uint8_t* lines[kMaxPanels];
+    const bool expands = Op::kExpands && row1 - row0 > job.rows_per_block;
+    const int64_t columns = ceil_div(job.k, kChunk) * kChunk;
+
+    for (int64_t panel = panel0, panels; panel < panel1; panel += panels) {
+      panels = width(job.rows_per_block, panel1 - panel, expands);
+      const int64_t channels = panels * kPanel, column = panel * kPanel;
+      for (int64_t p = 0; p < panels; ++p) load_channels(job, column + p * kPanel, scale + p * kPanel, bias + p * kPanel);
+      int64_t k0 = 0;
+      do {  // once for K = 0 too
+        const int64_t len = job.k - k0 < Op::kBlock ? job.k - k0 : Op::kBlock;
+        for (int64_t p = 0; p < panels; ++p) {
+          lines[p] = panel_lines(job.w, panel + p, k0 / Op::kUnit, ceil_div(len, Op::kUnit), packed[p]);
+          Op::prepare(job, panel + p, k0, len, lines[p], side + p * Op::kSide);
+          if constexpr (Op::kExpands) {
+            if (expands) Op::expand(lines[p], side + p * Op::kSide, len, expanded + p * Op::kExpandedPanel, panels);
+          }
+        }
+        for (int64_t row = row0; row < row1; row += job.rows_per_block) {
+          const int64_t rows = row1 - row < job.rows_per_block ? row1 - row : job.rows_per_block;
+          const X* x = reinterpret_cast<const X*>(job.packed) + row * columns + k0 * rows;
+          Acc* tile = sums + (row - row0) * channels;
+          dispatch(rows, panels, {x, lines, side, expands ? expanded : nullptr, len, k0 == 0, tile});
+          if (k0 + len == job.k) write(job, row, rows, column, channels, tile, scale, bias);
+        }
+        k0 += Op::kBlock;
+      } while (k0 < job.k);
+    }
+  }
+
+  static void load_channels(const Job& job, int64_t column, float* scale, float* bias) {
+    const int64_t count = job.n - column;
+    for (int64_t c = 0; c < kPanel; ++c) scale[c] = 1.0f, bias[c] = 0.0f;
+    if (job.w_scale != nullptr) {
+      load_some(Dtype::kFloat, reinterpret_cast<const char*>(job.w_scale), column, count, scale);
+    }
+    if (job.bias != nullptr) load_some(job.bias_dtype, job.bias, column, count, bias);
+  }
+
+  static void write(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
+                    const float* scale, const float* bias) {
+    switch (job.x_dtype) {
+      case Dtype::kFloat:
+        return finish<Dtype::kFloat>(job, row, rows, column, channels, sums, scale, bias);
+      case Dtype::kBFloat16:
+        return finish<Dtype::kBFloat16>(job, row, rows, column, channels, sums, scale, bias);
+      case Dtype::kHalf:
+        return finish<Dtype::kHalf>(job, row, rows, column, channels, sums, scale, bias);
+    }
+  }
+
+  // Blocks of rows of x into the packed form, `Op::pack_row` doing one row.
+  static void pack(const Job& job, int64_t block0, int64_t block1) {
+    const int64_t columns = ceil_div(job.k, kChunk) * kChunk;
+    for (int64_t row0 = block0 * job.rows_per_block; row0 < job.m && block0 < block1; row0 += job.rows_per_block, ++block0) {
+      const int64_t rows = job.m - row0 < job.rows_per_block ? job.m - row0 : job.rows_per_block;
+      X* target = reinterpret_cast<X*>(job.packed) + row0 * columns;
+      for (int64_t r = 0; r < rows; ++r) {
+        switch (job.x_dtype) {
+          case Dtype::kFloat:
+            Op::template pack_row<Dtype::kFloat>(job, row0 + r, target + r * kChunk, rows * kChunk);
+            break;
+          case Dtype::kBFloat16:
+            Op::template pack_row<Dtype::kBFloat16>(job, row0 + r, target + r * kChunk, rows * kChunk);
+            break;
+          case Dtype::kHalf:
+            Op::template pack_row<Dtype::kHalf>(job, row0 + r, target + r * kChunk, rows * kChunk);
+            break;
+        }
+      }
+    }
+  }
+
+  static constexpr Kernels kernels() { return {kMaxRows, sizeof(X), Op::kScalesX, &pack, &matmul}; }
+};

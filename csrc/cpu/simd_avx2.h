@@ -1,0 +1,79 @@
+// The vector types and operations that the kernels are written in, AVX2 + FMA + F16C. simd_avx512.h is the twin.
+// Included once per instruction set by each_isa.h.
+
+constexpr int kLanes = 8;
+constexpr int kLineVecs = kPanel / kLanes;  // vectors in the 16 channels of a panel
+constexpr int kMaxRows = 6;                 // rows of x in a block: 6 rows × 2 vectors = 12 accumulators of 16 registers
+constexpr int kMaxAccumulators = 12;
+
+using Float = __m256;
+using Int = __m256i;
+
+FI_INLINE Float zero_float() { return _mm256_setzero_ps(); }
+FI_INLINE Float broadcast(float v) { return _mm256_set1_ps(v); }
+FI_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+FI_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+FI_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+FI_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+FI_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+
+FI_INLINE Int zero_int() { return _mm256_setzero_si256(); }
+FI_INLINE Int broadcast_int(int32_t v) { return _mm256_set1_epi32(v); }
+FI_INLINE Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+FI_INLINE void store_int(void* p, Int v) { _mm256_storeu_si256(static_cast<Int*>(p), v); }
+FI_INLINE Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+FI_INLINE Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+
+FI_INLINE Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
+FI_INLINE Int magnitude_bits(Float v) { return _mm256_and_si256(_mm256_castps_si256(v), broadcast_int(0x7fffffff)); }
+FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(_mm256_round_ps(v, 0)); }  // halves to even
+FI_INLINE Float clamp(Float v, float most) {
+  return _mm256_min_ps(_mm256_max_ps(v, broadcast(-most)), broadcast(most));
+}
+inline int32_t reduce_max(Int v) {
+  alignas(32) int32_t lanes[kLanes];
+  store_int(lanes, v);
+  int32_t top = lanes[0];
+  for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
+  return top;
+}
+
+// Byte J of each lane, signed, times 2^24, as a float: a shuffle puts it into the top byte, so that no shift is needed.
+template <int J>
+FI_INLINE Float byte_to_float(Int lanes) {
+  constexpr char z = -128;  // zero
+  const __m128i to_top = _mm_setr_epi8(z, z, z, J, z, z, z, J + 4, z, z, z, J + 8, z, z, z, J + 12);
+  return to_float(_mm256_shuffle_epi8(lanes, _mm256_broadcastsi128_si256(to_top)));
+}
+
+// The unsigned 4-bit number I of each lane.
+template <int I>
+FI_INLINE Float nibble_to_float(Int lanes) {
+  const Int shifted = I == 0 ? lanes : _mm256_srli_epi32(lanes, 4 * I);
+  return to_float(I == 7 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+}
+
+template <Dtype T>
+FI_INLINE Float load_as_float(const void* p) {
+  if constexpr (T == Dtype::kFloat) return load(static_cast<const float*>(p));
+  const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  if constexpr (T == Dtype::kHalf) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+template <Dtype T>
+FI_INLINE void store_from_float(void* p, Float v) {
+  if constexpr (T == Dtype::kFloat) {
+    store(static_cast<float*>(p), v);
+  } else if constexpr (T == Dtype::kHalf) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  } else {  // bf16: round to nearest even in integers, a NaN stays one
+    const Int bits = _mm256_castps_si256(v);
+    const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const Int rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const Int nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const Int words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const Int packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+}
