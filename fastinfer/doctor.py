@@ -142,7 +142,7 @@ def _cpu_advice(found: dict[str, Any]) -> list[str]:
     if status.startswith("switched off"):
         return ["the libraries are switched off: unset FASTINFER_NATIVE"]
     if status != "loaded":
-        return [f"the CPU library is {status}. Everything runs on plain torch, slowly. Build it (gcc 9+): {REBUILD}"]
+        return [f"the CPU library is {status}. Everything runs on plain torch, slowly. Build it (with gcc): {REBUILD}"]
     if cpu["kernels_use"] == "none":
         return ["this CPU has no AVX2 with FMA and F16C, which the kernels need: models run on plain torch"]
     if cpu["kernels_use"] == "avx2" and "FASTINFER_CPU_ISA" in found["settings"] and cpu["features"]["avx512_vnni"]:

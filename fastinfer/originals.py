@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,8 +16,9 @@ from torch import nn
 from fastinfer.errors import PatchError
 
 
-def _digest(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: equal values are not equal bits (−0.0, NaN)."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 @dataclasses.dataclass
@@ -30,11 +33,12 @@ class Held:
 
 @dataclasses.dataclass
 class InCheckpoint:
-    """An original that a safetensors file holds bit for bit; the checksum is of the bytes in the file."""
+    """An original that a safetensors file holds, bit for bit after a cast to `dtype`. The checksum is of the file's bytes."""
 
     file: Path
     key: str
-    digest: int
+    dtype: torch.dtype
+    checksum: int
 
     def load(self) -> torch.Tensor:
         try:
@@ -42,9 +46,13 @@ class InCheckpoint:
                 tensor = tensors.get_tensor(self.key)
         except Exception as error:
             raise PatchError(f"cannot restore {self.key}: {self.file} is not readable any more ({error})") from error
-        if _digest(tensor) != self.digest:
+        if _checksum(tensor) != self.checksum:
             raise PatchError(f"cannot restore {self.key}: {self.file} changed since the model was patched")
-        return tensor
+        return tensor.to(self.dtype)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(_bits(tensor).numpy())
 
 
 class Checkpoint:
@@ -53,23 +61,35 @@ class Checkpoint:
     def __init__(self, model: nn.Module):
         self.files: dict[str, Path] = {}
         self.prefixes = {""}
+        self.trouble: str | None = None
         for module in model.modules():
             folder = _folder(getattr(module, "name_or_path", None))
             prefix = getattr(module, "base_model_prefix", "")
             if folder is not None and not self.files:
-                self.files = _key_files(folder)
+                with self._noting_trouble():
+                    self.files = _key_files(folder)
             if isinstance(prefix, str) and prefix:
                 self.prefixes.add(prefix + ".")
 
-    def find(self, path: str, weight: torch.Tensor) -> InCheckpoint | None:
-        """Where the checkpoint holds exactly `weight` (after a cast to its dtype) under a name like `path`."""
-        for key in self._names(path):
+    @contextlib.contextmanager
+    def _noting_trouble(self) -> Iterator[None]:
+        """A checkpoint that cannot be read is no reason to fail: originals are then held in memory, and it is said."""
+        try:
+            yield
+        except Exception as error:
+            self.trouble = f"the checkpoint is not readable ({error}): originals are held in host memory"
+
+    def find(self, paths: Iterable[str], weight: torch.Tensor) -> InCheckpoint | None:
+        """Where the checkpoint holds exactly `weight` (after a cast to its dtype) under a name like one of `paths`."""
+        for key in (name for path in paths for name in self._names(f"{path}.weight")):
             if key not in self.files:
                 continue
-            with safe_open(self.files[key], "pt") as tensors:
-                stored = tensors.get_tensor(key)
-            if stored.shape == weight.shape and torch.equal(stored.to(weight.device, weight.dtype), weight):
-                return InCheckpoint(self.files[key], key, _digest(stored))
+            with self._noting_trouble():
+                with safe_open(self.files[key], "pt") as tensors:
+                    stored = tensors.get_tensor(key)
+                same_shape = stored.shape == weight.shape
+                if same_shape and torch.equal(_bits(stored.to(weight.device, weight.dtype)), _bits(weight)):
+                    return InCheckpoint(self.files[key], key, weight.dtype, _checksum(stored))
         return None
 
     def _names(self, path: str) -> list[str]:
@@ -85,7 +105,7 @@ def _folder(name_or_path: object) -> Path | None:
     if not isinstance(name_or_path, str) or not name_or_path:
         return None
     if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+        return Path(name_or_path).resolve()
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,33 +21,39 @@ class Spec:
 
     weights:     "keep" | "int8" | "int4"
     group_size:  32 | 64 | 128, int4 only; None: 64, or 32 where 64 does not divide K, else int8 (the report says so)
-    method:      "hqq" | "rtn", int4 only
+    method:      "hqq" (the default) | "rtn", int4 only
     activations: "keep" | "int8" (int8 weights only); None: by the kind of model
     """
 
     weights: str = "int8"
     group_size: int | None = None
-    method: str = "hqq"
+    method: str | None = None
     activations: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("weights", self.weights, WEIGHTS),
             ("group_size", self.group_size, (None, *GROUP_SIZES)),
-            ("method", self.method, METHODS),
+            ("method", self.method, (None, *METHODS)),
             ("activations", self.activations, (None, *ACTIVATIONS)),
         ):
             if value not in known:
                 raise RecipeError(f"{name} must be one of {known}, got {value!r}")
-        if self.activations == "int8" and self.weights == "int4":
-            raise RecipeError("activations='int8' needs weights='int8': int4 weights keep their activations")
+        for name, value, needs in (
+            ("group_size", self.group_size, "int4"),
+            ("method", self.method, "int4"),
+            ("activations", self.activations, "int8"),
+        ):
+            if value is not None and self.weights != needs and (name, value) != ("activations", "keep"):
+                raise RecipeError(f"{name}={value!r} needs weights={needs!r}, got weights={self.weights!r}")
 
 
 class Recipe:
     """Patterns of module paths to what the linears they match become; the first pattern that matches counts.
 
     A pattern is a shell-style glob over the whole dotted path ("*.mlp.*", "lm_head"). A value is "keep", "int8",
-    "int4", a dict of Spec's fields, or a Spec. Linears that no pattern matches are kept.
+    "int4", a dict of Spec's fields, or a Spec. Linears that no pattern matches are kept. A weight that several modules
+    share goes by all their paths.
 
     Raises: RecipeError for anything else.
 
@@ -86,10 +92,11 @@ class Recipe:
             raise RecipeError(f"{', '.join(given)}: give these inside the recipe, a pattern at a time")
         return weights if isinstance(weights, Recipe) else cls(weights)
 
-    def match(self, path: str) -> tuple[str, Spec] | None:
-        """The first pattern that matches `path`, with its spec."""
+    def match(self, paths: Iterable[str]) -> tuple[str, Spec] | None:
+        """The first pattern that matches one of the paths a module has, with its spec."""
+        paths = list(paths)
         for pattern, spec in self.patterns.items():
-            if fnmatchcase(path, pattern):
+            if any(fnmatchcase(path, pattern) for path in paths):
                 return pattern, spec
         return None
 

@@ -42,6 +42,7 @@ class Report:
     originals_held: int = 0
     originals_in_checkpoint: int = 0
     reversible: bool = True
+    dry_run: bool = True
     seconds: float = 0.0
 
     def to_dict(self) -> dict:
@@ -50,7 +51,7 @@ class Report:
     def __str__(self) -> str:
         mb = 1e-6
         head = (
-            f"fastinfer: {len(self.replaced)} modules replaced, {len(self.skipped)} left, "
+            f"fastinfer: {len(self.replaced)} weights replaced, {len(self.skipped)} left, "
             f"{self.bytes_before * mb:.1f} → {self.bytes_after * mb:.1f} MB, {self.seconds:.1f} s, on {self.backend}"
         )
         originals = (
@@ -59,6 +60,8 @@ class Report:
             if self.reversible
             else "originals: not kept (reversible=False)"
         )
+        if self.dry_run:
+            originals = "dry run: nothing was changed"
         lines = [head, originals, *(f"note: {note}" for note in self.notes), ""]
         lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
         for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):

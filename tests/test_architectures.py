@@ -9,6 +9,8 @@ from architectures import ALL, DECODERS, ENCODER_DECODERS, ENCODERS, build, inpu
 import fastinfer
 from fastinfer.modules import Int8Embedding, QuantizedLinear
 
+pytestmark = pytest.mark.models
+
 
 def fake_quantized(original, patched):
     """The original's float modules with the weights that the patched model multiplies by: what it has to equal."""

@@ -8,7 +8,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastinfer.modules import Int4Linear, Int8Embedding, Int8Linear, StateDictError
-from fastinfer.modules.quantized import Packing
 from fastinfer.ops.layout import LAYOUTS, ROW, convert, gather_rows
 
 KINDS = {
@@ -124,7 +123,6 @@ def test_meta_module_loads_with_assign(make):
     state, x = module.state_dict(), torch.randn(4, 64)
     empty = copy.deepcopy(module).to("meta")
     empty.load_state_dict(state, assign=True)
-    empty._like = torch.empty(0)
     assert torch.equal(empty(x), module(x))
 
 
@@ -139,6 +137,20 @@ def test_gradients_reach_input_and_bias(make):
     torch.testing.assert_close(x.grad, reference.grad)
     torch.testing.assert_close(module.bias.grad, bias.grad)
     assert module.weight.grad is None
+
+
+def test_gradient_of_a_vector(make):
+    module, x = make(linear()), torch.randn(64, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == (64,) and torch.equal(module.bias.grad, torch.ones(50))
+
+
+def test_type_must_not_turn_codes_into_floats(make):
+    module, x = make(linear()), torch.randn(2, 64)
+    expected = module(x)
+    with pytest.raises(TypeError, match="cannot change its dtype"):
+        module.type(torch.float32)
+    assert torch.equal(module(x), expected)
 
 
 def test_autocast_gives_its_dtype(make):
@@ -188,14 +200,14 @@ def test_gather_rows(layout):
 def test_embedding_and_head_share_one_weight(factor):
     head = Int8Linear.from_float(linear(100, 64, bias=False))
     embedding = Int8Embedding(
-        head.weight, head.weight_scale, like=torch.bfloat16, packing=head.packing, padding_idx=0, factor=factor
+        head.weight, head.weight_scale, like=torch.bfloat16, layout=head.layout, padding_idx=0, factor=factor
     )
     both = nn.ModuleDict({"embedding": embedding, "head": head})
     ids = torch.tensor([[3, 99, 17]])
     expected = head.dequantize().bfloat16()[ids] * factor
     for model in (both, copy.deepcopy(both), copy.deepcopy(both).to(torch.float32)):
         assert model["embedding"].weight is model["head"].weight
-        assert model["embedding"].packing is model["head"].packing
+        assert model["embedding"].layout == model["head"].layout
         torch.testing.assert_close(model["embedding"](ids).bfloat16(), expected, rtol=1e-2, atol=1e-3)
     state = both.state_dict()
     assert torch.equal(state["embedding.weight"], state["head.weight"])
@@ -205,6 +217,6 @@ def test_embedding_and_head_share_one_weight(factor):
 
 def test_embedding_is_a_plain_mapping_of_tensors():
     head = Int8Linear.from_float(linear(32, 64, bias=False))
-    embedding = Int8Embedding(head.weight, head.weight_scale, like=torch.float32, packing=Packing(head.layout))
+    embedding = Int8Embedding(head.weight, head.weight_scale, like=torch.float32, layout=head.layout)
     assert isinstance(embedding, nn.Embedding)
     assert set(embedding.state_dict()) == {"weight", "weight_scale"}

@@ -11,21 +11,36 @@ from torch import nn
 import fastinfer
 from fastinfer import Int4Linear, Int8Linear, patching
 from fastinfer.modules import Int8Embedding
+from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
+
+pytestmark = pytest.mark.models
 
 
 def snapshot(model):
     """Everything a refused or undone patch must leave alone."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return dict(model.named_modules()), state, set(vars(model))
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    return dict(model.named_modules()), state, attributes, trainable, ties(model)
+
+
+def ties(model):
+    """Which names share a Parameter."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return sorted(group for group in names.values() if len(group) > 1)
 
 
 def assert_unchanged(model, before):
-    modules, state, attributes = before
+    modules, state, attributes, trainable, tied = before
     assert dict(model.named_modules()) == modules
     after = model.state_dict()
     assert state.keys() == after.keys() and all(torch.equal(state[k], after[k]) for k in state)
-    assert set(vars(model)) == attributes
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert ties(model) == tied
 
 
 def small_bert():
@@ -117,7 +132,7 @@ def test_what_only_looks_like_a_linear_is_left_and_named():
     reasons = {s.path: s.reason for s in report.skipped}
     assert "reads its weight without calling it" in reasons["attention.out_proj"]
     assert "parametrised" in reasons["normed"]
-    assert "a forward of its own" in reasons["own"]
+    assert "may do more than multiply" in reasons["own"]
     assert "on the instance" in reasons["replaced"]
     assert "float64" in reasons["double"]
     assert "nothing to gain" in reasons["small"]
@@ -139,6 +154,123 @@ def test_a_weight_shared_with_something_else_is_left():
     report = fastinfer.report(fastinfer.patch(model))
     assert [r.path for r in report.replaced] == ["one"]
     assert "ParameterList" in {s.path: s.reason for s in report.skipped}["two"]
+
+
+def test_patching_a_part_leaves_weights_tied_outside_alone():
+    model = build("bert")
+    expected = logits(model, inputs("bert"))
+    before = snapshot(model)
+    fastinfer.patch(model.cls)
+    assert model.bert.embeddings.word_embeddings.weight.shape == (131, 64)
+    assert (logits(model, inputs("bert")) - expected).norm() / expected.norm() < 0.05
+    fastinfer.unpatch(model.cls)
+    assert_unchanged(model, before)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def test_an_optimizer_keeps_its_parameters():
+    model = small_bert()
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastinfer.patch(model)
+    model(**inputs("bert")).logits.sum().backward()
+    optimizer.step()
+    fastinfer.unpatch(model)
+    assert model.bert.encoder.layer[0].output.dense.weight is weight
+
+
+def test_float_weights_are_let_go():
+    import gc
+    import weakref
+
+    model = build("llama").eval()
+    weights = [weakref.ref(p) for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    fastinfer.patch(model)
+    gc.collect()
+    assert weights and all(reference() is None for reference in weights)
+
+
+def test_a_replaced_module_that_was_exchanged_is_not_thrown_away():
+    model = fastinfer.patch(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
+    mine = nn.Linear(32, 32)
+    model[1] = mine
+    with pytest.raises(fastinfer.PatchError, match="exchanged"):
+        fastinfer.unpatch(model)
+    assert model[1] is mine and isinstance(model[0], Int8Linear)
+
+
+def test_other_weights_loaded_since_make_unpatch_refuse():
+    model, other = fastinfer.patch(build("llama")), build("llama")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    model.load_state_dict(model.state_dict())  # its own: nothing is lost
+    state = fastinfer.patch(other).state_dict()
+    model.load_state_dict(state)
+    with pytest.raises(fastinfer.PatchError, match="other quantised weights were loaded"):
+        fastinfer.unpatch(model)
+
+
+def test_assigning_part_of_a_tied_state_dict():
+    model = fastinfer.patch(build("gemma3"))
+    expected = logits(model, inputs("gemma3"))
+    state = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("lm_head")}
+    model.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(logits(model, inputs("gemma3")), expected)
+    model.tie_weights()
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(logits(each.to("cpu"), inputs("gemma3")), expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 131])
+def test_ids_out_of_range_are_refused_as_before(bad):
+    model = fastinfer.patch(build("gemma3"))
+    with pytest.raises(IndexError):
+        model(torch.tensor([[3, bad]]))
+
+
+def test_layers_kept_in_fp32_stay_in_fp32():
+    model = build("t5")
+    model = model.half()
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    seen = []
+    fastinfer.patch(model)
+    wo = model.encoder.block[0].layer[-1].DenseReluDense.wo
+    wo.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    logits(model, inputs("t5"))
+    assert seen[0][1] == torch.float32
+
+
+def test_a_compiled_model_is_patched_underneath():
+    model = build("llama")
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = logits(compiled, inputs("llama"))
+    assert fastinfer.patch(compiled) is compiled and fastinfer.report(model) is fastinfer.report(compiled)
+    assert not torch.equal(logits(compiled, inputs("llama")), expected)
+    fastinfer.unpatch(compiled)
+    assert torch.equal(logits(compiled, inputs("llama")), expected)
+
+
+def test_patching_inside_inference_mode_leaves_ordinary_tensors():
+    model = build("llama")
+    with torch.inference_mode():
+        fastinfer.patch(model)
+    model.load_state_dict(model.state_dict())
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_torchs_own_encoder_layer_is_left():
+    layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(64, 64)).eval()
+    assert [r.path for r in fastinfer.report(fastinfer.patch(model)).replaced] == ["1"]
+    with torch.no_grad():
+        assert model(torch.randn(2, 5, 64)).isfinite().all()
+
+
+def test_a_shared_weight_goes_by_all_its_paths():
+    for recipe in ({"*embed_tokens": "keep", "*": "int8"}, {"lm_head": "keep", "*": "int8"}):
+        model = fastinfer.patch(build("gemma3"), recipe)
+        assert type(model.lm_head) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, Int8Linear)
 
 
 # --- refusals change nothing
@@ -164,8 +296,17 @@ REFUSED = {
     "meta device": (lambda: small_bert().to("meta"), {}, r"bert\.embeddings.* are on the meta device"),
     "unknown weights": (small_bert, {"weights": "int3"}, "weights must be one of .*'int3'"),
     "unknown group": (small_bert, {"weights": "int4", "group_size": 48}, "group_size must be one of"),
+    "group for int8": (small_bert, {"group_size": 64}, "group_size=64 needs weights='int4'"),
+    "method for int8": (small_bert, {"method": "rtn"}, "method='rtn' needs weights='int4'"),
+    "a linear alone": (lambda: nn.Linear(32, 32), {}, "patch the module that holds it"),
+    "strict experts": (lambda: build("mixtral"), {"strict": True}, "strict: .*fused experts"),
+    "strict groups": (lambda: nn.Sequential(nn.Linear(40, 32)), {"weights": "int4", "strict": True}, "strict: 0 would"),
     "unknown method": (small_bert, {"weights": "int4", "method": "best"}, "method must be one of"),
-    "int4 activations": (small_bert, {"weights": "int4", "activations": "int8"}, "activations='int8' needs"),
+    "int4 activations": (
+        small_bert,
+        {"weights": "int4", "activations": "int8"},
+        "activations='int8' needs weights='int8'",
+    ),
     "empty recipe": (small_bert, {"weights": {}}, "non-empty mapping"),
     "unknown field": (small_bert, {"weights": {"*": {"bits": 4}}}, r"pattern '\*'.*bits"),
     "pattern without a match": (small_bert, {"weights": {"*.mlp.*": "int4", "*": "int8"}}, r"'\*\.mlp\.\*' matches no"),
@@ -206,23 +347,41 @@ def test_nan_weights_are_named_and_everything_restored(weights):
     assert all(torch.equal(state[k].nan_to_num(), v.nan_to_num()) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("interrupt", [MemoryError("full"), KeyboardInterrupt()])
-def test_a_failure_midway_restores_the_model(monkeypatch, interrupt):
-    model, built = build("gemma3"), []
+STEPS = [
+    (linear_rule, "build", 5),
+    (linear_rule, "build_tied", 1),
+    (embedding_rule, "build", 1),
+    (patching, "_adopt", 1),
+    (patching, "_adopt", 7),
+    (patching, "Held", 4),
+    (patching, "_TakenWeight", 3),
+    (patching, "_override_methods", 1),
+    (patching, "_sum_up", 1),
+]
+
+
+@pytest.mark.parametrize("interrupt", [MemoryError("full"), KeyboardInterrupt()], ids=["MemoryError", "interrupt"])
+@pytest.mark.parametrize(("module", "name", "count"), STEPS)
+def test_a_failure_at_any_step_restores_the_model(monkeypatch, module, name, count, interrupt):
+    model, calls, original = build("t5"), [], getattr(module, name)
+    twin = nn.Linear(64, 131, bias=False)
+    twin.weight = model.lm_head.weight
+    model.twin = twin
 
     def fail_late(*args):
-        built.append(args)
-        if len(built) == 5:
+        calls.append(args)
+        if len(calls) == count:
             raise interrupt
-        return build_linear(*args)
+        return original(*args)
 
-    build_linear = linear_rule.build
     before = snapshot(model)
-    monkeypatch.setattr(linear_rule, "build", fail_late)
+    expected = logits(model, inputs("t5"))
+    monkeypatch.setattr(module, name, fail_late)
     with pytest.raises(type(interrupt)):
         fastinfer.patch(model)
-    assert len(built) == 5
+    assert len(calls) == count
     assert_unchanged(model, before)
+    assert torch.equal(logits(model, inputs("t5")), expected)
 
 
 def test_dry_run_changes_nothing_and_foretells():
@@ -283,7 +442,7 @@ def test_a_copy_is_patched_and_undone_on_its_own():
     fastinfer.unpatch(other)
     state = other.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in before[1].items())
-    assert set(vars(other)) == before[2]
+    assert ties(other) == before[4]
 
 
 def test_unpatch_follows_a_change_of_dtype():
@@ -324,14 +483,52 @@ def test_a_weight_that_differs_from_the_checkpoint_is_held(saved):
     assert_unchanged(model, before)
 
 
+def test_a_tied_head_is_found_in_the_checkpoint(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    build("gemma3", torch.float32).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
+    expected = {k: v.float() for k, v in model.state_dict().items()}
+    report = fastinfer.report(fastinfer.patch(model))
+    assert report.originals_held == 0 and report.originals_in_checkpoint > 0
+    monkeypatch.chdir("/")
+    state = fastinfer.unpatch(model.float()).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in expected.items())
+
+
+def test_an_unreadable_checkpoint_is_no_reason_to_fail(saved):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    (saved / "model.safetensors").unlink()  # never in place: the model may have it mapped
+    (saved / "model.safetensors").write_text("a pointer to somewhere else")
+    before = snapshot(model)
+    report = fastinfer.report(fastinfer.patch(model))
+    assert report.originals_held > 0 and any("not readable" in note for note in report.notes)
+    fastinfer.unpatch(model)
+    assert_unchanged(model, before)
+
+
+def test_negative_zeros_come_back(saved):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[0, :2] = torch.tensor([0.0, -0.0])
+    fastinfer.unpatch(fastinfer.patch(model))
+    assert model.lm_head.weight[0, :2].signbit().tolist() == [False, True]
+
+
 def test_a_changed_checkpoint_is_noticed_before_anything_changes(saved):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     model = fastinfer.patch(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32))
     file = saved / "model.safetensors"
-    tensors = load_file(file)
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    file.unlink()
     save_file(tensors, file)
     before = snapshot(model)
     with pytest.raises(fastinfer.PatchError, match="changed since"):
@@ -433,20 +630,29 @@ def test_an_integer_input_is_named():
 
 def test_peft_model_as_input_and_lora_on_a_patched_model():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=16, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
     wrapped = peft.get_peft_model(build("llama"), config)
     before = snapshot(wrapped)
     fastinfer.patch(wrapped)
     query = wrapped.base_model.model.model.layers[0].self_attn.q_proj
     assert isinstance(query.base_layer, Int8Linear) and isinstance(query.lora_A["default"], nn.Linear)
-    assert not any("lora" in r.path for r in fastinfer.report(wrapped).replaced)
+    assert not any("lora" in r.path or "lm_head" in r.path for r in fastinfer.report(wrapped).replaced)
+    left = {s.path.split(".")[-2]: s.reason for s in fastinfer.report(wrapped).skipped}
+    assert left["lora_A"] == left["modules_to_save"] == "belongs to an adapter"
     fastinfer.unpatch(wrapped)
     assert_unchanged(wrapped, before)
 
-    on_top = peft.get_peft_model(fastinfer.patch(build("llama")), config)
+    config = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    patched = fastinfer.patch(build("llama"))
+    on_top = peft.get_peft_model(patched, config)
     on_top(**inputs("llama")).logits.sum().backward()
     grads = [p.grad for n, p in on_top.named_parameters() if "lora" in n]
     assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
+    fastinfer.unpatch(patched)  # below the adapters, which stay
+    query = patched.model.layers[0].self_attn.q_proj
+    assert type(query.base_layer) is nn.Linear and query.lora_A["default"].weight.requires_grad
 
 
 def test_sentence_transformer_as_input():

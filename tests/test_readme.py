@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from fastinfer import _native
+
 README = Path(__file__).parents[1] / "README.md"
 
-pytestmark = pytest.mark.models
+pytestmark = [
+    pytest.mark.models,
+    pytest.mark.skipif(_native.cpu_isa() == "none", reason="the README patches with strict=True"),
+]
 
 
 def test_the_readmes_code_runs(capsys):
@@ -19,4 +24,4 @@ def test_the_readmes_code_runs(capsys):
     code = "\n".join(blocks)
     assert code.count("sentence-transformers/all-MiniLM-L6-v2") == 1
     exec(compile(code.replace("sentence-transformers/all-MiniLM-L6-v2", str(model)), str(README), "exec"), {})
-    assert "modules replaced" in capsys.readouterr().out
+    assert "weights replaced" in capsys.readouterr().out

@@ -20,6 +20,8 @@ from torch import nn
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+pytestmark = pytest.mark.models
+
 # ---------------------------------------------------------------------------------------------- the identity patch
 
 HOOKS = [name for name in nn.Module().__dict__ if "_hooks" in name] + ["_is_full_backward_hook"]

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <mutex>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -16,7 +17,7 @@ namespace fastinfer {
 
 // ---- element types known at run time ------------------------------------------------------------------------------------
 
-enum class Element : int { kFloat = 0, kHalf = 1, kBFloat16 = 2 };  // kFloat must be 0, see load_raw
+enum class Element : int { kFloat, kHalf, kBFloat16 };
 
 inline Element element_of(ScalarType t) {
   return t == ScalarType::Float ? Element::kFloat : t == ScalarType::Half ? Element::kHalf : Element::kBFloat16;
@@ -26,23 +27,6 @@ __device__ __forceinline__ float load_float(const void* data, Element type, int6
   if (type == Element::kHalf) return __half2float(static_cast<const __half*>(data)[i]);
   if (type == Element::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
   return static_cast<const float*>(data)[i];
-}
-// The same in two halves, for loads that are to be in flight: a conversion beside its load would wait for it.
-__device__ __forceinline__ uint32_t load_raw(const void* data, Element type, int64_t i) {
-  uint32_t v;
-  asm("{\n"
-      ".reg .pred wide;\n"
-      "setp.eq.s32 wide, %3, 0;\n"
-      "@wide ld.global.nc.u32 %0, [%1];\n"
-      "@!wide ld.global.nc.u16 %0, [%2];\n"
-      "}\n"
-      : "=r"(v)
-      : "l"(static_cast<const float*>(data) + i), "l"(static_cast<const uint16_t*>(data) + i), "r"(static_cast<int>(type)));
-  return v;
-}
-__device__ __forceinline__ float raw_to_float(uint32_t v, Element type) {
-  if (type == Element::kHalf) return __half2float(__ushort_as_half(static_cast<unsigned short>(v)));
-  return __uint_as_float(type == Element::kBFloat16 ? v << 16 : v);
 }
 __device__ __forceinline__ void store_float(void* data, Element type, int64_t i, float v) {
   if (type == Element::kHalf) {
@@ -60,11 +44,23 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162f
 template <typename T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// kCount neighbouring elements, moved with 16-byte accesses where they fill them; the address must be aligned to match.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  T v[kCount];
+};
 
 // Calls f with a value of the C++ type of `t`: dispatch_float(t, [&](auto zero) { using T = decltype(zero); … }).
 template <typename F>
@@ -81,7 +77,7 @@ void dispatch_float(ScalarType t, F&& f) {
 // ---- device ---------------------------------------------------------------------------------------------------------------
 
 struct DeviceLimits {
-  int capability = 0;      // 80, 86, 90 …
+  int capability = 0;  // 80, 86, 90 …
   int multiprocessors = 0;
   int smem_per_block = 0;  // bytes, with the opt-in above 48 KiB
   int smem_per_multiprocessor = 0;
@@ -156,7 +152,9 @@ inline Tensor empty_output(const Tensor& x, int64_t n) {
   return torch::stable::new_empty(x, sizes);
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
 
 // Runtime launch errors (bad configuration, no code for this GPU) as exceptions naming the op.
 inline void check_launch(const char* op) {

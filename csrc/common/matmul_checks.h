@@ -73,8 +73,8 @@ inline MatmulShape check_int4_matmul(const char* op, const Tensor& x, const Tens
   FASTINFER_CHECK(op, w_scale.dim() == 2 && w_scale.size(0) == n, "w_scale must be [", n, ", K/G], got ",
                   shape_text(w_scale));
   const int64_t groups = w_scale.size(1);
-  FASTINFER_CHECK(op, groups > 0 && (k == 32 * groups || k == 64 * groups || k == 128 * groups),
-                  "w_scale must be [", n, ", K/G] with G = 32, 64 or 128 and K = ", k, ", got ", shape_text(w_scale));
+  FASTINFER_CHECK(op, groups > 0 && (k == 32 * groups || k == 64 * groups || k == 128 * groups), "w_scale must be [", n,
+                  ", K/G] with G = 32, 64 or 128 and K = ", k, ", got ", shape_text(w_scale));
   FASTINFER_CHECK(op, w_scale.is_contiguous(), "w_scale must be contiguous");
   FASTINFER_CHECK(op, w_zero.scalar_type() == w_scale.scalar_type(), "w_zero must have the dtype of w_scale");
   FASTINFER_CHECK(op, w_zero.dim() == 2 && w_zero.size(0) == n && w_zero.size(1) == groups, "w_zero must be ",

@@ -16,11 +16,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The error text a user sees: "int8_matmul: w must be …".
-#define FASTINFER_CHECK(op, condition, ...)                                         \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
+#define FASTINFER_CHECK(op, condition, ...)                                            \
+  do {                                                                                 \
+    if (!(condition)) {                                                                \
       throw std::runtime_error(std::string(op) + ": " + fastinfer::text(__VA_ARGS__)); \
-    }                                                                               \
+    }                                                                                  \
   } while (0)
 
 template <typename... Args>

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastinfer.modules.quantized import Packing, QuantizedModule
-from fastinfer.ops.layout import gather_rows
+from fastinfer.modules.quantized import QuantizedModule
+from fastinfer.ops.layout import ROW, gather_rows
 
 
 class Int8Embedding(QuantizedModule, nn.Embedding):
@@ -16,18 +16,20 @@ class Int8Embedding(QuantizedModule, nn.Embedding):
     `factor` is a constant that the original multiplied its rows by (Gemma), rounded to `compute_dtype` as there.
     """
 
-    def __init__(self, weight: nn.Parameter, weight_scale, *, like, packing: Packing, padding_idx=None, factor=1.0):
+    def __init__(self, weight: nn.Parameter, weight_scale, *, like, layout: str = ROW, padding_idx=None, factor=1.0):
         nn.Module.__init__(self)  # nn.Embedding's own would allocate a float weight
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self._init_quantized(weight, packing, like)
+        self._init_quantized(weight, layout, like)
         self.register_buffer("weight_scale", weight_scale)
         self.factor = factor
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = gather_rows(self.weight, input, self.layout).float() * self.weight_scale[input][..., None]
-        rows = rows.to(self.compute_dtype)
+        scale = nn.functional.embedding(
+            input, self.weight_scale[:, None]
+        )  # refuses ids out of range, as it always does
+        rows = (gather_rows(self.weight, input, self.layout).float() * scale).to(self.compute_dtype)
         return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
 
     def reset_parameters(self) -> None:

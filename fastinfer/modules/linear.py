@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from fastinfer import ops
-from fastinfer.modules.quantized import Packing, QuantizedModule
+from fastinfer.modules.quantized import QuantizedModule
+from fastinfer.ops._common import FLOATS
 from fastinfer.ops.int4_matmul import dequantize as dequantize_int4
 from fastinfer.ops.int8_matmul import dequantize as dequantize_int8
+from fastinfer.ops.layout import ROW
 from fastinfer.quantize import quantize_int4, quantize_int8
 
 ACTIVATIONS = ("keep", "int8")
@@ -34,7 +36,7 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ ctx.module.dequantize(grad.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
 
 
@@ -46,12 +48,12 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     weight_error: float | None = None
 
-    def __init__(self, weight, in_features: int, bias: nn.Parameter | None, like: torch.dtype, packing: Packing | None):
+    def __init__(self, weight, in_features: int, bias: nn.Parameter | None, like: torch.dtype, layout: str):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
         self.in_features, self.out_features = in_features, weight.shape[0]
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=False)
-        self._init_quantized(weight, packing or Packing(), like)
+        self._init_quantized(weight, layout, like)
         self.register_parameter("bias", bias)
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         raise RuntimeError(f"{type(self).__name__} has no random initialisation: build it from a float module")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype in FLOATS:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            elif self.compute_dtype == torch.float32:
+                x = x.float()  # a layer kept in fp32 beside 16-bit ones is kept for its range
         bias = self.bias
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _FrozenLinear.apply(x, bias, self)
@@ -86,10 +91,10 @@ class Int8Linear(QuantizedLinear):
     stays as it is ("keep", `ops.int8_matmul`) or is quantised per token ("int8", `ops.int8_scaled_matmul`).
     """
 
-    def __init__(self, weight, weight_scale, bias=None, *, like=torch.float32, activations="keep", packing=None):
+    def __init__(self, weight, weight_scale, bias=None, *, like=torch.float32, activations="keep", layout=ROW):
         if activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
-        super().__init__(weight, weight.shape[1], bias, like, packing)
+        super().__init__(weight, weight.shape[1], bias, like, layout)
         self.register_buffer("weight_scale", weight_scale)
         self.activations = activations
 
@@ -120,15 +125,15 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """y = x · ((q − weight_zero) · weight_scale)ᵀ + bias with int4 weights in groups along K.
 
-    weight [N, K/2] int8 (two q a byte) and bias [N] are Parameters; weight_scale and weight_zero [N, K/G] fp16 are
-    buffers.
+    weight [N, K/2] int8 (two q a byte) and bias [N] are Parameters; weight_scale and weight_zero [N, K/G] are fp16
+    buffers, or fp32 where fp16 is too narrow for the weights.
     """
 
     laid_out = ("weight", "weight_scale", "weight_zero")
     scales = ("weight_scale", "weight_zero")
 
-    def __init__(self, weight, weight_scale, weight_zero, bias=None, *, like=torch.float32, packing=None):
-        super().__init__(weight, 2 * weight.shape[1], bias, like, packing)
+    def __init__(self, weight, weight_scale, weight_zero, bias=None, *, like=torch.float32, layout=ROW):
+        super().__init__(weight, 2 * weight.shape[1], bias, like, layout)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("weight_zero", weight_zero)
 

@@ -1,13 +1,14 @@
 """What every quantised module shares: plain tensors, canonical state dict, execution layout by device.
 
 A module keeps its packed weight in the order its device's kernels read (csrc/LAYOUTS.md) and shows the canonical row
-order in its state dict. Modules whose weights are tied share one Parameter and one `Packing`, so that the order is
-known once, also after a deep copy.
+order in its state dict. Modules whose weights are tied hold one Parameter. The Parameter itself is marked with the
+order it is in, so that whichever module reorders it, the others know; deep copies and pickles, which drop the mark,
+get it back from the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,28 +16,30 @@ from torch import nn
 from fastinfer.ops._common import describe
 from fastinfer.ops.layout import ROW, convert, native_layout
 
+MARK = "_fastinfer_layout"
+
 
 class StateDictError(ValueError):
-    """A state dict entry does not fit a quantised module; names the entry. Nothing was loaded."""
-
-
-class Packing:
-    """The order that a packed weight is held in. Shared by the modules that share the weight."""
-
-    def __init__(self, layout: str = ROW):
-        self.layout = layout
+    """A state dict entry that does not fit a quantised module; names the entry."""
 
 
 class QuantizedModule(nn.Module):
-    """Mixin. `weight` is an int8 Parameter [N, ·]; `laid_out` names every tensor that the layout reorders."""
+    """Mixin. `weight` is an int8 Parameter [N, ·]; `laid_out` names every tensor that the layout reorders.
+
+    Attributes:
+        layout:         the order that the kernels are told, LAYOUTS.md
+        weights_loaded: whether load_state_dict has brought in other quantised weights since construction
+    """
 
     laid_out: tuple[str, ...] = ("weight",)
     scales: tuple[str, ...] = ("weight_scale",)
 
-    def _init_quantized(self, weight: nn.Parameter, packing: Packing, like: torch.dtype) -> None:
+    def _init_quantized(self, weight: nn.Parameter, layout: str, like: torch.dtype) -> None:
         """Takes over a packed weight. `like` is the dtype that the module stands in for; `.to(dtype)` changes it."""
         self.register_parameter("weight", weight)
-        self.packing = packing
+        self.layout = layout
+        setattr(weight, MARK, layout)
+        self.weights_loaded = False
         self.register_buffer("_like", torch.empty(0, dtype=like, device=weight.device), persistent=False)
 
     @property
@@ -44,24 +47,36 @@ class QuantizedModule(nn.Module):
         """The dtype the original weight would have now, after every `.to(dtype)` since."""
         return self._like.dtype
 
-    @property
-    def layout(self) -> str:
-        return self.packing.layout
+    def packed_bytes(self) -> int:
+        """Bytes of the weight with its scales and zero points."""
+        return self.weight.nbytes + sum(getattr(self, name).nbytes for name in self.scales)
 
     def use_layout(self, layout: str) -> None:
-        """Reorders the packed tensors in memory."""
-        if layout == self.packing.layout:
-            return
-        for name in self.laid_out:
+        """Reorders the packed tensors in memory, unless a module that shares the weight has done so."""
+        current = getattr(self.weight, MARK, self.layout)
+        for name in self.laid_out if current != layout else ():
             tensor = getattr(self, name)
-            tensor.data = convert(tensor.data, self.packing.layout, layout)
-        self.packing.layout = layout
+            tensor.data = convert(tensor.data, current, layout)
+        setattr(self.weight, MARK, layout)
+        self.layout = layout
 
     def use_native_layout(self) -> None:
         """Brings the weights into the order that their device's kernels read fastest."""
         self.use_layout(native_layout(self.weight.device, self.weight.shape[1]))
 
-    def _apply(self, fn, recurse=True):
+    def __getstate__(self) -> dict:
+        self.layout = getattr(self.weight, MARK, self.layout)
+        return vars(self).copy()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        setattr(self.weight, MARK, self.layout)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        if fn(torch.empty(0, dtype=torch.int8, device=self.weight.device)).dtype != torch.int8:
+            raise TypeError(
+                f"{type(self).__name__}: the int8 weight cannot change its dtype; use .to(dtype) or .half()"
+            )
         before = {name: self._buffers[name] for name in self.scales}
         super()._apply(fn, recurse)
         for name, scale in before.items():  # .to(dtype) moves scales but never rounds them
@@ -72,10 +87,8 @@ class QuantizedModule(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.laid_out:
-            tensor = getattr(self, name)
-            canonical = convert(tensor.detach(), self.layout, ROW)
-            destination[prefix + name] = canonical if self.layout != ROW or not keep_vars else tensor
+        for name in self.laid_out if self.layout != ROW else ():
+            destination[prefix + name] = convert(getattr(self, name).detach(), self.layout, ROW)
 
     def check_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> None:
         """Raises StateDictError where an entry for this module has the wrong shape or dtype, or a scale is not finite."""
@@ -91,5 +104,10 @@ class QuantizedModule(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_state_dict(state_dict, prefix)
         self.use_layout(ROW)
+        if not self.weights_loaded:
+            entry = state_dict.get(prefix + "weight", self.weight)
+            same = entry is self.weight or entry.is_meta or self.weight.is_meta
+            self.weights_loaded = not same and not torch.equal(entry.to(self.weight.device), self.weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        setattr(self.weight, MARK, ROW)  # it may be another Parameter now
         self.use_native_layout()

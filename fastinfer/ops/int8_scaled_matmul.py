@@ -45,7 +45,8 @@ MAX_K = 131_072  # 2^31 / (127 · 128), rounded down to a power of two
 def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q [..., K] and x_scale [..., 1], both fp32 tensors: x ≈ q · x_scale with whole q in −127 … 127."""
     x = x.float()
-    x_scale = x.abs().amax(-1, keepdim=True) / 127
+    largest = x.abs().amax(-1, keepdim=True)
+    x_scale = largest / torch.full_like(largest, 127)  # by a number, torch would multiply by 1/127 on CUDA
     return (x / x_scale.where(x_scale > 0, 1.0)).round().clamp(-127, 127), x_scale
 
 

@@ -44,7 +44,8 @@ def convert(t: torch.Tensor, source: str, target: str) -> torch.Tensor:
 
 
 def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor:
-    """Rows `ids` [...] of int8 weights [N, K] held in `layout` → [..., K] int8."""
+    """Rows `ids` [...] (0 … N − 1) of int8 weights [N, K] held in `layout` → [..., K] int8."""
+    ids = ids.long()
     if layout == ROW:
         return w[ids]
     n, k = w.shape

@@ -26,8 +26,8 @@ class ErrorSum:
         self.error = self.norm = 0.0
 
     def add(self, block: torch.Tensor, approximation: torch.Tensor) -> None:
-        self.error += (approximation - block).pow(2).sum(dtype=torch.float64)
-        self.norm += block.pow(2).sum(dtype=torch.float64)
+        self.error += (approximation - block).double().pow(2).sum()
+        self.norm += block.double().pow(2).sum()
 
     def relative(self) -> float:
         return float((self.error / self.norm) ** 0.5) if self.norm > 0 else 0.0

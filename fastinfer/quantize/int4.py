@@ -14,7 +14,10 @@ LEVELS = 15
 
 
 class Int4Weight(NamedTuple):
-    """A weight [N, K] as LAYOUTS.md#int4-row, and the relative error ‖ŵ − w‖ / ‖w‖ it has."""
+    """A weight [N, K] as LAYOUTS.md#int4-row, and the relative error ‖ŵ − w‖ / ‖w‖ it has.
+
+    w_scale and w_zero are fp16, or fp32 where a group's scale is outside of fp16's normal range.
+    """
 
     w: torch.Tensor
     w_scale: torch.Tensor
@@ -30,7 +33,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64, method: str = "hqq
         group_size: 32, 64 or 128
         method:     "rtn", round to nearest between a group's minimum and maximum; "hqq", zero points then refined so
                     that a sparse norm of the error falls
-    Returns: Int4Weight on weight's device: w [N, K/2] int8 (two q a byte), w_scale and w_zero [N, K/G] fp16
+    Returns: Int4Weight on weight's device: w [N, K/2] int8 (two q a byte), w_scale and w_zero [N, K/G]
     Raises:  ValueError for a group_size that is unknown or does not divide K, an unknown method, NaN or infinity
     Source:  Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models (2023)
     """
@@ -40,7 +43,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64, method: str = "hqq
     if group_size not in GROUP_SIZES or k % group_size:
         raise ValueError(f"group_size must be one of {GROUP_SIZES} and divide K = {k}, got {group_size}")
     w = torch.empty((n, k // 2), dtype=torch.int8, device=weight.device)
-    w_scale = torch.empty((n, k // group_size), dtype=torch.float16, device=weight.device)
+    w_scale = torch.empty((n, k // group_size), dtype=_scale_dtype(weight, group_size), device=weight.device)
     w_zero = torch.empty_like(w_scale)
     error = ErrorSum()
     for rows, block in row_blocks(weight):
@@ -61,12 +64,22 @@ def _round(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tor
     return (groups / scale + zero).round_().clamp_(0, LEVELS)
 
 
+def _scale_dtype(weight: torch.Tensor, group_size: int) -> torch.dtype:
+    """fp16 where it holds every group's scale without loss of range, else fp32."""
+    limits = torch.finfo(torch.float16)
+    for _, block in row_blocks(weight):
+        scale, _ = _range_scale_zero(block.view(len(block), -1, group_size))
+        if (scale < limits.smallest_normal).any() or (scale > limits.max).any():
+            return torch.float32
+    return torch.float16
+
+
 def _range_scale_zero(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point [N, K/G, 1] from a group's range, widened to hold 0 so that zero lies in 0 … 15."""
     low = groups.amin(-1, keepdim=True).clamp(max=0)
     high = groups.amax(-1, keepdim=True).clamp(min=0)
-    smallest, largest = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
-    scale = ((high - low) / LEVELS).clamp(smallest, largest)
+    scale = high / LEVELS - low / LEVELS
+    scale = scale.where(scale > 0, 1.0)
     return scale, -low / scale
 
 

@@ -10,7 +10,9 @@ from fastinfer.modules import Int8Embedding, Int8Linear
 
 def row_factor(module: nn.Embedding) -> float | None:
     """The constant that `module` multiplies its rows by, proved on a few rows; None where it does something else."""
-    if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return None
+    if type(module).forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(module, "embed_scale", None)
     if scale is None:
@@ -22,7 +24,7 @@ def row_factor(module: nn.Embedding) -> float | None:
     ids = torch.linspace(0, len(weight) - 1, min(len(weight), 8), device=weight.device).long()
     with torch.no_grad():
         expected = weight[ids] * torch.tensor(factor, dtype=weight.dtype, device=weight.device)
-        return factor if torch.equal(module(ids), expected) else None
+        return factor if torch.equal(type(module).forward(module, ids), expected) else None  # no hooks fire
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -42,8 +44,10 @@ def build(module: nn.Embedding, head: Int8Linear) -> Int8Embedding:
         head.weight,
         head.weight_scale,
         like=module.weight.dtype,
-        packing=head.packing,
+        layout=head.layout,
         padding_idx=module.padding_idx,
         factor=row_factor(module),
     )
+    for name, buffer in module.named_buffers(recurse=False):  # such as embed_scale, which other code may read
+        new.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     return new.train(module.training)

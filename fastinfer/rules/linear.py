@@ -42,9 +42,13 @@ READ_NOT_CALLED = {
 }
 
 
+TOO_SMALL = f"smaller than {MIN_FEATURES} features: nothing to gain"
+LIKE_LINEAR = {"FalconLinear"}  # transformers' subclasses that multiply exactly like their parent
+
+
 def is_linear(module: nn.Module) -> bool:
-    """An nn.Linear or transformers Conv1D, a subclass included as long as it multiplies like its parent."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
+    """An nn.Linear or transformers Conv1D itself: a subclass may do more than multiply."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in LIKE_LINEAR
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -58,32 +62,41 @@ def accelerate_hooks(module: nn.Module) -> list:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in accelerate_hooks(module))
+
+
 def _read_not_called(parent: nn.Module, name: str) -> bool:
-    package = type(parent).__module__.split(".")
-    folder = package[2] if package[:2] == ["transformers", "models"] else ""
-    return isinstance(parent, nn.MultiheadAttention) or name in READ_NOT_CALLED.get(folder, ())
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return True
+    packages = [kind.__module__.split(".") for kind in type(parent).__mro__]
+    folders = {package[2] for package in packages if package[:2] == ["transformers", "models"]}
+    return any(name in READ_NOT_CALLED.get(folder, ()) for folder in folders)
 
 
 def refusal(module: nn.Module, parent: nn.Module, name: str) -> str | None:
     """Why the linear called `name` in `parent` cannot be replaced, or None."""
-    hooks = accelerate_hooks(module)
-    if any(getattr(hook, "offload", False) for hook in hooks):
+    if is_offloaded(module):
         return "offloaded by accelerate: its weights come and go"
-    if not is_linear(module):
-        return f"{type(module).__name__} has a forward of its own"
-    if "forward" in vars(module) and not hooks:
-        return "its forward was replaced on the instance"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrised"
     if _read_not_called(parent, name):
         return f"{type(parent).__name__} reads its weight without calling it"
+    if not is_linear(module):
+        return f"a {type(module).__name__} may do more than multiply"
+    if "forward" in vars(module) and not accelerate_hooks(module):
+        return "its forward was replaced on the instance"
     weight = module._parameters.get("weight")
-    if weight is None or hasattr(module, "parametrizations"):
+    if weight is None:
         return "its weight is parametrised"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "its weight is not initialised yet"
     if type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if min(weight.shape) < MIN_FEATURES:
-        return f"smaller than {MIN_FEATURES} features: nothing to gain"
+        return TOO_SMALL
     return None
 
 
@@ -94,31 +107,31 @@ def resolve(spec: Spec, module: nn.Module) -> tuple[Spec, str]:
     """
     if spec.weights != "int4":
         return spec, ""
-    k = float_weight(module).shape[1]
+    k, method = float_weight(module).shape[1], spec.method or "hqq"
     if spec.group_size is not None:
         if k % spec.group_size:
             fits = [g for g in GROUP_SIZES if k % g == 0]
             hint = f"group_size={fits[-1]} does" if fits else "no group size does: keep it or use int8"
             raise ValueError(f"group_size={spec.group_size} does not divide its {k} input features; {hint}")
-        return spec, ""
+        return Spec("int4", spec.group_size, method), ""
     for group_size in (64, 32):
         if k % group_size == 0:
             note = "" if group_size == 64 else f"groups of {group_size}: 64 does not divide {k}"
-            return Spec("int4", group_size, spec.method), note
+            return Spec("int4", group_size, method), note
     return Spec("int8", activations="keep"), f"int8: no group size divides {k}"
 
 
 def build(module: nn.Module, spec: Spec) -> QuantizedLinear:
     """The quantised linear for a resolved spec."""
     if spec.weights == "int4":
-        assert spec.group_size is not None
+        assert spec.group_size and spec.method
         return Int4Linear.from_float(module, spec.group_size, spec.method)
     return Int8Linear.from_float(module, spec.activations or "keep")
 
 
 def build_tied(module: nn.Linear, first: Int8Linear) -> Int8Linear:
     """A second linear on the weight of `first`, with a bias of its own."""
-    shared = {"like": first.compute_dtype, "activations": first.activations, "packing": first.packing}
+    shared = {"like": first.compute_dtype, "activations": first.activations, "layout": first.layout}
     return Int8Linear(first.weight, first.weight_scale, module.bias, **shared).train(module.training)
 
 

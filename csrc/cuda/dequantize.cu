@@ -1,0 +1,94 @@
+// dequantize: w[N,K] in fp32, bf16 or fp16 from int8 or int4 weights, for torch's dense matmul
+// Source    –
+// Layout    LAYOUTS.md#int8-row, #int4-row
+// Requires  sm80+
+// Mapping   a thread makes 8 neighbouring weights of a row (16 bytes of fp16), or 1 where rows are not 8-byte aligned
+// Bound     memory: N·K·(weight bytes + output bytes)
+// Verified  tests/test_int8_matmul.py, tests/test_int4_matmul.py (many rows, fp32)
+
+#include "cuda/dequantize.cuh"
+
+namespace fastinfer {
+
+// grid: x over a row's packs, y over rows (strided, N may exceed the grid's limit)
+template <typename T, int kCount>
+__global__ void dequantize_int8_kernel(const int8_t* w, const float* w_scale, T* out, int64_t n, int64_t k) {
+  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount;
+  if (column >= k) return;
+  for (int64_t row = blockIdx.y; row < n; row += gridDim.y) {
+    const float scale = w_scale[row];
+    const auto q = *reinterpret_cast<const Pack<int8_t, kCount>*>(w + row * k + column);
+    Pack<T, kCount> values;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values.v[i] = from_float<T>(static_cast<float>(q.v[i]) * scale);
+    *reinterpret_cast<Pack<T, kCount>*>(out + row * k + column) = values;
+  }
+}
+
+template <typename T>
+__global__ void dequantize_int4_kernel(const uint32_t* w, const void* w_scale, const void* w_zero, Element scale_type,
+                                       T* out, int64_t n, int64_t k, int group_shift) {
+  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+  if (column >= k) return;
+  for (int64_t row = blockIdx.y; row < n; row += gridDim.y) {
+    const int64_t group = row * (k >> group_shift) + (column >> group_shift);
+    const float scale = load_float(w_scale, scale_type, group), zero = load_float(w_zero, scale_type, group);
+    const uint32_t q = w[(row * k + column) / 8];
+    Pack<T, 8> values;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values.v[i] = from_float<T>((static_cast<float>(q >> (4 * i) & 15) - zero) * scale);
+    *reinterpret_cast<Pack<T, 8>*>(out + row * k + column) = values;
+  }
+}
+
+static dim3 dequantize_grid(int64_t n, int64_t packs, int threads) {
+  return dim3(static_cast<unsigned>((packs + threads - 1) / threads),
+              static_cast<unsigned>(std::min<int64_t>(n, 65535)));
+}
+
+Tensor dequantize_int8(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& x,
+                       const LaunchContext& context) {
+  constexpr int kThreads = 128;
+  const int64_t n = w.size(0), k = w.size(1);
+  Tensor out = torch::stable::new_empty(x, {n, k});
+  if (n == 0 || k == 0) return out;
+  const bool wide = k % 8 == 0 && is_aligned16(w);
+  dispatch_float(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = wide ? dequantize_int8_kernel<T, 8> : dequantize_int8_kernel<T, 1>;
+    kernel<<<dequantize_grid(n, wide ? k / 8 : k, kThreads), kThreads, 0, context.stream()>>>(
+        static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(w_scale.const_data_ptr()),
+        static_cast<T*>(out.mutable_data_ptr()), n, k);
+  });
+  check_launch(op);
+  return out;
+}
+
+Tensor dequantize_int4(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero, const Tensor& x,
+                       const LaunchContext& context) {
+  constexpr int kThreads = 128;
+  const int64_t n = w.size(0), k = 2 * w.size(1);
+  Tensor out = torch::stable::new_empty(x, {n, k});
+  if (n == 0) return out;
+  const Tensor words = aligned_rows(w, 1);
+  const int group_shift = __builtin_ctzll(k / w_scale.size(1));
+  dispatch_float(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    dequantize_int4_kernel<T><<<dequantize_grid(n, k / 8, kThreads), kThreads, 0, context.stream()>>>(
+        static_cast<const uint32_t*>(words.const_data_ptr()), w_scale.const_data_ptr(), w_zero.const_data_ptr(),
+        element_of(w_scale.scalar_type()), static_cast<T*>(out.mutable_data_ptr()), n, k, group_shift);
+  });
+  check_launch(op);
+  return out;
+}
+
+Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  std::optional<Tensor> b = bias;
+  if (b.has_value() && b->scalar_type() != x.scalar_type()) b = torch::stable::to(*b, x.scalar_type());
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace fastinfer

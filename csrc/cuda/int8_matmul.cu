@@ -1,0 +1,45 @@
+// int8_matmul: y[M,N] = x[M,K] · (w[N,K] · w_scale[N])ᵀ + bias[N], int8 weights, fp32 accumulation
+// Source    own; the kernel is matmul_tile.cuh, its int8-to-half conversion is named in common/mma.cuh
+// Layout    LAYOUTS.md#int8-row
+// Requires  sm80+; rows whose length is no multiple of 16 are copied into aligned memory first
+// Mapping   few rows: matmul_tile (fp32 x up to 8: gemv_fp32); else dequantise + torch's linear
+// Bound     memory below M ≈ 100: N·K bytes
+// Verified  tests/test_int8_matmul.py
+
+#include "common/matmul_checks.h"
+#include "cuda/dequantize.cuh"
+#include "cuda/gemv_fp32.cuh"
+#include "cuda/matmul_tile.cuh"
+
+namespace fastinfer {
+
+constexpr int64_t kInt8DenseRows = 192;  // from here on dequantising and cuBLAS win, measured on an H200
+
+Tensor int8_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                        std::string layout) {
+  constexpr const char* op = "int8_matmul";
+  const MatmulShape shape = check_int8_matmul(op, x, w, w_scale, bias);
+  check_cuda_layout(op, layout);
+  const LaunchContext context(op, x);
+  const bool fp32 = x.scalar_type() == ScalarType::Float;
+  if (shape.m == 0 || shape.n == 0) return empty_output(x, shape.n);
+  if (shape.m >= kInt8DenseRows || (fp32 && shape.m > 8)) {
+    return dense_linear(x, dequantize_int8(op, w, w_scale, x, context), bias);
+  }
+
+  Tensor y = empty_output(x, shape.n);
+  const Tensor rows_x = aligned_rows(as_matrix(x, shape), 16), rows_w = aligned_rows(w, 16);
+  const TileArgs args = matmul_args(op, rows_x, rows_w, w_scale, bias, y, shape);
+  if (fp32) {
+    launch_gemv_fp32<Int8Words>(op, args, context);
+  } else if (x.scalar_type() == ScalarType::Half) {
+    launch_matmul<Int8Half<__half>>(op, args, context);
+  } else {
+    launch_matmul<Int8Half<__nv_bfloat16>>(op, args, context);
+  }
+  return y;
+}
+
+}  // namespace fastinfer
+
+STABLE_TORCH_LIBRARY_IMPL(fastinfer, CUDA, m) { m.impl("int8_matmul", TORCH_BOX(&fastinfer::int8_matmul_cuda)); }

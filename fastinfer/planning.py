@@ -1,0 +1,249 @@
+"""What a patch would do, worked out before anything changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastinfer import _native
+from fastinfer.errors import GroupSizeError, PatchError, RecipeError
+from fastinfer.modules import QuantizedLinear, QuantizedModule
+from fastinfer.recipe import Recipe, Spec
+from fastinfer.reports import Replaced, Report, Skipped
+from fastinfer.rules import embedding as embedding_rule
+from fastinfer.rules import linear as linear_rule
+
+
+@dataclasses.dataclass
+class Task:
+    """One weight to replace: the linears that multiply by it and the embeddings that look it up, with all their paths."""
+
+    paths: list[str]
+    spec: Spec
+    note: str
+    linears: list[nn.Module]
+    embeddings: list[nn.Embedding]
+
+    def replaced(self, built: QuantizedLinear | None = None) -> Replaced:
+        """This task's line in the report, foretold or (with what was built) as it is."""
+        linear, spec = self.linears[0], self.spec
+        return Replaced(
+            path=self.paths[0],
+            kind=f"int4 g{spec.group_size} {spec.method}" if spec.weights == "int4" else "int8",
+            bytes_before=linear.weight.nbytes,
+            bytes_after=linear_rule.packed_bytes(linear, spec) if built is None else built.packed_bytes(),
+            error=None if built is None else built.weight_error,
+            note=self.note,
+        )
+
+
+@dataclasses.dataclass
+class Plan:
+    tasks: list[Task]
+    report: Report
+
+
+def slots_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Every slot (parent, name) that a module below `model` sits in."""
+    slots: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                slots[child].append((parent, name))
+    return slots
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def check_patchable(model: nn.Module) -> None:
+    if any(isinstance(m, QuantizedModule) for m in model.modules()):
+        raise PatchError("this model is patched already: unpatch it first, or patch once with a Recipe")
+    if linear_rule.looks_linear(model):
+        raise PatchError("a linear cannot be replaced in place: patch the module that holds it")
+    if any(linear_rule.is_offloaded(m) for m in model.modules()):
+        return  # its meta parameters are refused one by one, by name
+    on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if on_meta:
+        raise PatchError(f"{on_meta[0]} and {len(on_meta) - 1} more are on the meta device: load the weights first")
+
+
+class Planner:
+    """Walks a model once and decides, linear by linear, what the recipe makes of it."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool):
+        self.model, self.recipe, self.strict = model, recipe, strict
+        self.slots = slots_of(model)
+        self.paths: dict[nn.Module, list[str]] = defaultdict(list)
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.paths[module].append(path)
+        self.owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+        for module in self.paths:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners[parameter].append(module)
+        self.adapters = _adapter_modules(model)
+        self.activations = linear_rule.default_activations(model)
+        self.matched: set[str] = set()
+        self.plan = Plan([], Report())
+
+    def run(self) -> Plan:
+        """The plan. Raises RecipeError, GroupSizeError or PatchError where it cannot be carried out as asked."""
+        seen: set[nn.Module] = set()
+        for module in self.paths:
+            if module in seen or not linear_rule.looks_linear(module):
+                continue
+            group = [module, *(m for m in self._sharers(module) if m is not module)]
+            seen.update(group)
+            outcome = self._decide(group)
+            if isinstance(outcome, Task):
+                self.plan.tasks.append(outcome)
+            else:
+                self.plan.report.skipped.append(outcome)
+        unmatched = [p for p in self.recipe.patterns if p not in self.matched and p != "*"]
+        if unmatched:
+            raise RecipeError(f"pattern {unmatched[0]!r} matches no linear that an earlier pattern has not taken")
+        self._fill_report(seen)
+        self._check()
+        return self.plan
+
+    def _sharers(self, module: nn.Module) -> list[nn.Module]:
+        weight = module._parameters.get("weight")
+        return [] if weight is None else self.owners[weight]
+
+    def _decide(self, group: list[nn.Module]) -> Task | Skipped:
+        """What to do with a linear (first) and the modules that share its weight."""
+        module, paths = group[0], [path for m in group for path in self.paths[m]]
+        found = self.recipe.match(paths)
+        if found is None or found[1].weights == "keep":
+            self.matched.update(found[:1] if found else ())
+            return self._skip(module, "kept by the recipe", expected=True)
+        self.matched.add(found[0])
+        reason = self._refusal(group)
+        if reason is not None:
+            return self._skip(module, reason, expected=reason == linear_rule.TOO_SMALL)
+        linears = [m for m in group if linear_rule.looks_linear(m)]
+        embeddings = [m for m in group if isinstance(m, nn.Embedding)]
+        spec, note = self._settle(found[1], group)
+        if spec.weights == "int8" and spec.activations is None:
+            spec = dataclasses.replace(spec, activations=self.activations)
+        return Task(paths, spec, note, linears, embeddings)
+
+    def _refusal(self, group: list[nn.Module]) -> str | None:
+        linears = [m for m in group if linear_rule.looks_linear(m)]
+        if len(group) > 1 and not all(isinstance(m, nn.Linear) for m in linears):
+            return "a Conv1D that shares its weight"
+        for module in group:
+            if not linear_rule.looks_linear(module):
+                reason = embedding_rule.refusal(module)
+                if reason:
+                    return reason
+                continue
+            if module in self.adapters:
+                return "belongs to an adapter"
+            for parent, name in self.slots[module]:
+                reason = linear_rule.refusal(module, parent, name)
+                if reason:
+                    return reason
+        return None
+
+    def _settle(self, spec: Spec, group: list[nn.Module]) -> tuple[Spec, str]:
+        """The spec with its group size settled, and a note where it differs from what was asked for."""
+        path = self.paths[group[0]][0]
+        if len(group) > 1:
+            tied = "tied to " + ", ".join(self.paths[m][0] for m in group[1:])
+            if spec.weights == "int4":
+                return Spec("int8", activations="keep"), f"{tied}: int8"
+            return spec, tied
+        try:
+            settled, note = linear_rule.resolve(spec, group[0])
+        except ValueError as error:
+            raise GroupSizeError(f"{path}: {error}") from None
+        if self.strict and settled.weights != spec.weights:
+            raise GroupSizeError(f"strict: {path} would become {note}")
+        return settled, note
+
+    def _skip(self, module: nn.Module, reason: str, expected: bool = False) -> Skipped:
+        weight = module._parameters.get("weight")
+        return Skipped(self.paths[module][0], reason, 0 if weight is None else _nbytes(weight), expected)
+
+    def _fill_report(self, seen: set[nn.Module]) -> None:
+        """What is replaced, what stays beside linears, and the totals."""
+        report = self.plan.report
+        report.replaced = [task.replaced() for task in self.plan.tasks]
+        for module, paths in self.paths.items():
+            for name, parameter in module._parameters.items():
+                if module in seen or parameter is None or _dim(parameter) < 2:
+                    continue
+                where = f"{paths[0]}.{name}" if paths[0] else name
+                reason, expected = _why_left(module, parameter)
+                report.skipped.append(Skipped(where, reason, _nbytes(parameter), expected))
+        report.bytes_before = model_bytes(self.model)
+        report.bytes_after = report.bytes_before - sum(r.bytes_before - r.bytes_after for r in report.replaced)
+        devices = {task.linears[0].weight.device for task in self.plan.tasks}
+        report.backend = ", ".join(sorted({_native.describe(d) for d in devices}))
+        activations = {task.spec.activations for task in self.plan.tasks} - {None}
+        report.notes += [f"int8 weights with activations={kind!r}" for kind in sorted(activations)]
+        if self.model.training:
+            report.notes.append("the model is in train mode: replaced weights are frozen, everything else still trains")
+
+    def _check(self) -> None:
+        report = self.plan.report
+        if self.strict:
+            unexpected = [s for s in report.skipped if not s.expected]
+            if unexpected:
+                first = unexpected[0]
+                raise PatchError(f"strict: {first.path} stays ({first.reason}); {len(unexpected)} such in all")
+            if "reference" in report.backend:
+                raise PatchError("strict: no fast kernels for this device; `fastinfer doctor` says why")
+        if not self.plan.tasks:
+            linears = [s for s in report.skipped if s.path in {p for m in self.paths for p in self.paths[m]}]
+            first_reason = (
+                f"its first linear, {linears[0].path}: {linears[0].reason}" if linears else "it has no linear"
+            )
+            raise PatchError(f"{self.recipe!r} replaces nothing in this model: {first_reason}")
+
+
+def _dim(parameter: nn.Parameter) -> int:
+    return 0 if isinstance(parameter, nn.parameter.UninitializedTensorMixin) else parameter.dim()
+
+
+def _nbytes(parameter: nn.Parameter) -> int:
+    return 0 if isinstance(parameter, nn.parameter.UninitializedTensorMixin) else parameter.nbytes
+
+
+def _why_left(module: nn.Module, parameter: torch.Tensor) -> tuple[str, bool]:
+    """Why a weight that is no linear's stays, and whether that is by design."""
+    if isinstance(module, nn.Embedding):
+        return "embedding: looked up, not multiplied", True
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
+        return "fused experts: 3-D weights are not replaced yet", False
+    return f"{type(module).__name__}: not a linear", True
+
+
+def _adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules that PEFT put in: everything in a tuner layer but its base layer, and copies that it trains."""
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    inside: set[nn.Module] = set()
+
+    def add(children: Iterable[nn.Module]) -> None:
+        for child in children:
+            inside.update(child.modules())
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            add([module])
+        elif isinstance(module, BaseTunerLayer):
+            add(child for name, child in module.named_children() if name != "base_layer")
+    return inside
