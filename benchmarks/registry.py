@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class Case:
     calls: list[Callable[[], torch.Tensor]]
     exact: Callable[[], torch.Tensor]
     plain: Callable[[], torch.Tensor]
+    magnitude: Callable[[], float]
     peers: dict[str, list[Callable[[], torch.Tensor]]]
     bytes: int
     operations: int
@@ -38,7 +40,7 @@ def default_dtype(device: str) -> torch.dtype:
 
 
 def _copies(weight_bytes: int, cache_bytes: int) -> int:
-    return max(2, min(64, cache_bytes // weight_bytes + 1))
+    return max(2, cache_bytes // weight_bytes + 1)
 
 
 def _case(op: str, weights: list[tuple], m: int, n: int, k: int, dtype: torch.dtype, device: str, cache: int) -> Case:
@@ -51,7 +53,8 @@ def _case(op: str, weights: list[tuple], m: int, n: int, k: int, dtype: torch.dt
         return [convert(t, ROW, layout) if t.dim() == 2 else t for t in packed]
 
     calls = [lambda p=p: getattr(ops, op)(x, *p, None, layout) for p in map(laid_out, weights)]
-    dequantize = getattr(module, "dequantize", importlib.import_module("fastinfer.ops.int8_matmul").dequantize)
+    int8 = importlib.import_module("fastinfer.ops.int8_matmul")
+    weight = partial(getattr(module, "dequantize", int8.dequantize), *weights[0])
     element = torch.finfo(dtype).bits // 8
     floats = [torch.randn(n, k, device=device).to(dtype) for _ in range(_copies(n * k * element, cache))]
     linear = f"torch {str(dtype).removeprefix('torch.')} linear"
@@ -62,8 +65,9 @@ def _case(op: str, weights: list[tuple], m: int, n: int, k: int, dtype: torch.dt
         plain=lambda: (
             module.reference(x, *weights[0])
             if op == "int8_scaled_matmul"
-            else nn.functional.linear(x, dequantize(*weights[0], dtype=dtype))
+            else nn.functional.linear(x, weight(dtype=dtype))
         ),
+        magnitude=lambda: (x.abs().float() @ weight(dtype=torch.float32).abs().T).max().item(),
         peers={linear: [lambda w=w: nn.functional.linear(x, w) for w in floats]},
         bytes=packed_bytes + element * m * (k + n),
         operations=2 * m * n * k,

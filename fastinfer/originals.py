@@ -33,7 +33,7 @@ class Held:
 
 @dataclasses.dataclass
 class InCheckpoint:
-    """An original that a safetensors file holds, bit for bit after a cast to `dtype`. The checksum is of the file's bytes."""
+    """An original that a safetensors file holds, bit for bit after a cast to `dtype`; `checksum` is of its bytes there."""
 
     file: Path
     key: str

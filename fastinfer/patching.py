@@ -242,8 +242,8 @@ def _replace(task: Task, slots: dict, record: _Record, checkpoint: Checkpoint | 
     pairs += [(old, linear_rule.build_tied(old, first)) for old in task.linears[1:]]
     pairs += [(old, embedding_rule.build(old, first)) for old in task.embeddings]
     replaced = task.replaced(first)
-    original = checkpoint.find(task.paths, weight.data) if checkpoint else None
-    original = original or Held(weight.data.cpu())
+    found = checkpoint.find(task.paths, weight.data) if checkpoint else None
+    original = found or Held(weight.data.cpu())
     for old, new in pairs:
         for parent, name in slots[old]:
             record.swaps.append(_Swap(parent, name, old, new))

@@ -189,7 +189,7 @@ class Planner:
         report.bytes_after = report.bytes_before - sum(r.bytes_before - r.bytes_after for r in report.replaced)
         devices = {task.linears[0].weight.device for task in self.plan.tasks}
         report.backend = ", ".join(sorted({_native.describe(d) for d in devices}))
-        activations = {task.spec.activations for task in self.plan.tasks} - {None}
+        activations = {task.spec.activations for task in self.plan.tasks if task.spec.activations}
         report.notes += [f"int8 weights with activations={kind!r}" for kind in sorted(activations)]
         if self.model.training:
             report.notes.append("the model is in train mode: replaced weights are frozen, everything else still trains")
@@ -242,8 +242,9 @@ def _adapter_modules(model: nn.Module) -> set[nn.Module]:
             inside.update(child.modules())
 
     for module in model.modules():
+        children = dict(module.named_children())
         if isinstance(module, ModulesToSaveWrapper):
             add([module])
         elif isinstance(module, BaseTunerLayer):
-            add(child for name, child in module.named_children() if name != "base_layer")
+            add(child for name, child in children.items() if name != "base_layer")
     return inside

@@ -7,9 +7,10 @@ struct DotOp {
   using Acc = int32_t;
   using Expanded = char;
   using Side = int32_t;  // −128 · Σ w of the block, a channel each
-  static constexpr int64_t kUnit = 4, kBlock = 1024, kSide = kPanel;
+  static constexpr int64_t kUnit = 4, kBlock = 512, kSide = kPanel;
   static constexpr int kStreamAccumulators = kMaxAccumulators;
   static constexpr bool kExpands = false, kScalesX = true;
+  static constexpr int64_t kValueColumns = 1 << 20;  // more than any K: one float a row
 
   static void prepare(const Job&, int64_t, int64_t, int64_t len, const uint8_t* line, int32_t* side) {
     const Int ones = _mm512_set1_epi8(1);
@@ -28,24 +29,22 @@ struct DotOp {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(add_int(q[0], broadcast_int(128))));
   }
 
-  template <int ROWS, int PANELS>
-  static void stream(const uint8_t* x, const uint8_t* const* lines, const int32_t* side, int64_t len, bool first,
-                     int32_t* sums) {
-    const uint8_t* line[PANELS];
-    for (int p = 0; p < PANELS; ++p) line[p] = lines[p];
+  template <int ROWS, int PANELS, class Call>
+  static FI_NOINLINE void stream(const Call& c) {
+    Lines<PANELS> lines(c.lines, c.next);
+    const X* x = c.x;
     Int acc[ROWS][PANELS];
     FI_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       FI_UNROLL
-      for (int p = 0; p < PANELS; ++p) acc[r][p] = load_int(side + p * kPanel);
+      for (int p = 0; p < PANELS; ++p) acc[r][p] = load_int(c.side + p * kPanel);
     }
-    int64_t offset = 0;
-    for (int64_t k = 0; k < len; k += kChunk, x += (ROWS - 1) * kChunk) {
-      const int64_t units = len - k < kChunk ? ceil_div(len - k, kUnit) : kChunk / kUnit;
-      for (int64_t u = 0; u < units; ++u, offset += 64, x += kUnit) {
+    for (int64_t k = 0; k < c.len; k += kChunk, x += (ROWS - 1) * kChunk) {
+      const int64_t units = c.len - k < kChunk ? ceil_div(c.len - k, kUnit) : kChunk / kUnit;
+      for (int64_t u = 0; u < units; ++u, lines.advance(), x += kUnit) {
         Int w[PANELS];
         FI_UNROLL
-        for (int p = 0; p < PANELS; ++p) w[p] = load_int(line[p] + offset);
+        for (int p = 0; p < PANELS; ++p) w[p] = lines.load(p);
         FI_UNROLL
         for (int r = 0; r < ROWS; ++r) {
           int32_t four;
@@ -53,6 +52,7 @@ struct DotOp {
           const Int xr = broadcast_int(four);
           FI_UNROLL
           for (int p = 0; p < PANELS; ++p) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], xr, w[p]);
+          settle(acc[r]);
         }
       }
     }
@@ -60,8 +60,8 @@ struct DotOp {
     for (int r = 0; r < ROWS; ++r) {
       FI_UNROLL
       for (int p = 0; p < PANELS; ++p) {
-        int32_t* sum = sums + (r * PANELS + p) * kLanes;
-        store_int(sum, first ? acc[r][p] : add_int(acc[r][p], load_int(sum)));
+        int32_t* sum = c.sums + (r * PANELS + p) * kLanes;
+        store_int(sum, c.first ? acc[r][p] : add_int(acc[r][p], load_int(sum)));
       }
     }
   }

@@ -11,7 +11,8 @@
 #include <cstring>
 
 #define FI_INLINE inline __attribute__((always_inline))
-#define FI_UNROLL _Pragma("GCC unroll 16")
+#define FI_NOINLINE __attribute__((noinline))  // a hot loop gets the registers to itself
+#define FI_UNROLL _Pragma("GCC unroll 16")     // so that arrays of vectors live in registers
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"   // vector types as template arguments
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in gcc 12's own intrinsics headers

@@ -1,6 +1,7 @@
 // Arithmetic of the matmuls whose activations stay floats: x in fp32, weights expanded to fp32, fp32 sums.
-// Sums run over k in order within kSumColumns columns, which keeps rounding errors short, and then over those partial sums
-// in order, in every path: the result of a row is the same bits for every M. Included once per instruction set by each_isa.h, after panel_matmul.h.
+// Sums run over k in order within kSumColumns columns, which keeps rounding errors small, and then over those partial
+// sums in order. tile() and int8's stream() do the same, so that a row of int8_matmul is the same bits for every M.
+// Included once per instruction set by each_isa.h, after panel_matmul.h.
 
 struct FloatOp {
   using X = float;
@@ -8,17 +9,21 @@ struct FloatOp {
   using Expanded = float;
   static constexpr int64_t kBlock = 256, kSumColumns = 64;
   static constexpr bool kExpands = true, kScalesX = false;
+  static constexpr int64_t kValueColumns = 0;
   static constexpr int64_t kExpandedPanel = kPanel;  // elements from a panel's expanded column to the next panel's
 
   template <Dtype T>
   static void pack_row(const Job& job, int64_t row, float* target, int64_t stride) {
-    constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
-    const char* x = job.x + row * job.k * kBytes;
-    for (int64_t k = 0; k < job.k; k += kChunk, target += stride) {
-      Float values[kLineVecs];
-      load_some<T>(x + k * kBytes, job.k - k, values);
+    const char* x = job.x + row * job.k * bytes_in(T);
+    Float values[kLineVecs];
+    int64_t left = job.k;
+    for (; left >= kChunk; left -= kChunk, x += kChunk * bytes_in(T), target += stride) {
+      load_chunk<T>(x, values);
       for (int v = 0; v < kLineVecs; ++v) store(target + v * kLanes, values[v]);
     }
+    if (left == 0) return;
+    load_some<T>(x, left, values);
+    for (int v = 0; v < kLineVecs; ++v) store(target + v * kLanes, values[v]);
   }
 
   // acc[r][v] += x[r] · w[v] for one column k; x points at row 0, rows lie kChunk apart.
@@ -29,6 +34,7 @@ struct FloatOp {
       const Float xr = broadcast(x[r * kChunk]);
       FI_UNROLL
       for (int v = 0; v < VECS; ++v) acc[r][v] = fma(xr, w[v], acc[r][v]);
+      settle(acc[r]);
     }
   }
 
@@ -57,7 +63,7 @@ struct FloatOp {
 
   // The register tile over expanded weights w [len][channels].
   template <int ROWS, int PANELS>
-  static void tile(const float* x, const float* w, int64_t len, bool first, float* sums) {
+  static FI_NOINLINE void tile(const float* x, const float* w, int64_t len, bool first, float* sums) {
     constexpr int kVecs = PANELS * kLineVecs;
     int64_t k = 0;
     do {

@@ -1,23 +1,38 @@
 // int4 weights in groups times float activations. Included once per instruction set by each_isa.h.
+// A weight is (q − zero) · scale = (q − 8) · scale + offset with offset = (8 − zero) · scale. Streaming takes the
+// offset out of the inner loop: Σ x · w over a group = scale · Σ x · (q − 8) + offset · Σ x, with Σ x from pack_row.
 
 #include "cpu/panel_matmul.h"
 
 #include "cpu/float_op.h"
 
 struct Int4Op : FloatOp {
-  // Beside the lines, for every 32 columns: 16 scales, then 16 offsets −zero · scale; a weight is q · scale + offset.
-  using Side = float;
-  static constexpr int64_t kUnit = 8, kGroup = 32, kSideGroup = 2 * kPanel, kSide = kBlock / kGroup * kSideGroup;
-  static constexpr int kStreamAccumulators = kLanes == 8 ? 4 : 8;
+  using Side = float;  // for every 32 columns: 16 scales (times Nibbles::kScale), then 16 offsets
+  static constexpr int64_t kUnit = 8, kSideGroup = 2 * kPanel, kSide = kBlock / kGroupColumns * kSideGroup;
+  static constexpr int64_t kValueColumns = kGroupColumns;
+  static constexpr int kStreamAccumulators = kLanes == 8 ? 4 : kMaxAccumulators;
+
+  template <Dtype T>
+  static void pack_row(const Job& job, int64_t row, float* target, int64_t stride) {
+    FloatOp::pack_row<T>(job, row, target, stride);
+    float* sums = job.x_values + row * job.values_per_row;
+    for (int64_t k = 0; k < job.k; k += kGroupColumns, target += kGroupColumns / kChunk * stride) {
+      Float sum = zero_float();
+      for (int c = 0; c < kGroupColumns / kChunk; ++c) {
+        for (int v = 0; v < kLineVecs; ++v) sum = add(sum, load(target + c * stride + v * kLanes));
+      }
+      *sums++ = reduce_add(sum);
+    }
+  }
 
   template <Dtype T>
   static FI_INLINE void load_group(const Job& job, int64_t panel, int64_t group, Float* scale, Float* zero) {
-    constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
-    const int64_t groups = job.k / job.group;
+    constexpr int64_t kBytes = bytes_in(T);
+    const int64_t groups = job.k >> job.group_shift;
     if (job.w.in_panel(panel)) {
       const int64_t at = (panel * groups + group) * kPanel * kBytes;
-      load_some<T>(job.group_scale + at, kPanel, scale);
-      load_some<T>(job.group_zero + at, kPanel, zero);
+      load_chunk<T>(job.group_scale + at, scale);
+      load_chunk<T>(job.group_zero + at, zero);
       return;
     }
     alignas(64) char rows[2][kPanel * 4] = {};
@@ -26,18 +41,20 @@ struct Int4Op : FloatOp {
       std::memcpy(rows[0] + row * kBytes, job.group_scale + at, kBytes);
       std::memcpy(rows[1] + row * kBytes, job.group_zero + at, kBytes);
     }
-    load_some<T>(rows[0], kPanel, scale);
-    load_some<T>(rows[1], kPanel, zero);
+    load_chunk<T>(rows[0], scale);
+    load_chunk<T>(rows[1], zero);
   }
 
   template <Dtype T>
   static void prepare_as(const Job& job, int64_t panel, int64_t k0, int64_t len, float* side) {
     Float scale[kLineVecs], zero[kLineVecs];
-    for (int64_t k = k0; k < k0 + len; k += kGroup, side += kSideGroup) {
-      if (k == k0 || k % job.group == 0) load_group<T>(job, panel, k / job.group, scale, zero);
+    for (int64_t k = k0; k < k0 + len; k += kGroupColumns, side += kSideGroup) {
+      if (k == k0 || (k >> job.group_shift << job.group_shift) == k) {
+        load_group<T>(job, panel, k >> job.group_shift, scale, zero);
+      }
       for (int v = 0; v < kLineVecs; ++v) {
-        store(side + v * kLanes, scale[v]);
-        store(side + kPanel + v * kLanes, mul(scale[v], mul(zero[v], broadcast(-1.0f))));
+        store(side + v * kLanes, mul(scale[v], broadcast(Nibbles::kScale)));
+        store(side + kPanel + v * kLanes, mul(scale[v], sub(broadcast(8.0f), zero[v])));
       }
     }
   }
@@ -54,66 +71,72 @@ struct Int4Op : FloatOp {
   }
 
   template <int I = 0>
-  static FI_INLINE void expand_unit(Int lanes, Float scale, Float offset, float* out, int64_t stride) {
-    store(out + I * stride, fma(nibble_to_float<I>(lanes), scale, offset));
-    if constexpr (I + 1 < kUnit) expand_unit<I + 1>(lanes, scale, offset, out, stride);
+  static FI_INLINE void expand_unit(const Nibbles& q, Float scale, Float offset, float* out, int64_t stride) {
+    store(out + I * stride, fma(q.get<I>(), scale, offset));
+    if constexpr (I + 1 < kUnit) expand_unit<I + 1>(q, scale, offset, out, stride);
   }
 
   // Lines of a panel to fp32 [len][channels], of which this panel's 16 start at `out`.
   static void expand(const uint8_t* line, const float* side, int64_t len, float* out, int64_t panels) {
     const int64_t stride = panels * kPanel;
     for (int64_t k = 0; k < len; k += kUnit, line += 4 * kPanel, out += kUnit * stride) {
-      const float* group = side + k / kGroup * kSideGroup;
+      const float* group = side + k / kGroupColumns * kSideGroup;
       FI_UNROLL
       for (int v = 0; v < kLineVecs; ++v) {
         const Float scale = load(group + v * kLanes), offset = load(group + kPanel + v * kLanes);
-        expand_unit(load_int(line + v * 4 * kLanes), scale, offset, out + v * kLanes, stride);
+        expand_unit(Nibbles(load_int(line + v * 4 * kLanes)), scale, offset, out + v * kLanes, stride);
       }
     }
   }
 
-  // Columns I … 7 of a unit: 4 bits to weights in registers, then the multiply-adds of every row.
-  template <int I, int ROWS, int VECS>
-  static FI_INLINE void columns(const float* x, const Int* lanes, const Float* scale, const Float* offset,
-                                Float (&acc)[ROWS][VECS]) {
+  // Vectors V … V + kTogether − 1 of the channels advance together: as many as registers hold the nibbles of.
+  static constexpr int kTogether = kLanes == 8 ? 2 : 4;
+
+  template <int I, int V, int COUNT, int ROWS, int VECS>
+  static FI_INLINE void columns(const float* x, const Nibbles* q, Float (&acc)[ROWS][VECS]) {  // I … 7 of a unit
     FI_UNROLL
-    for (int v = 0; v < VECS; ++v) {
-      const Float w = fma(nibble_to_float<I>(lanes[v]), scale[v], offset[v]);
+    for (int v = 0; v < COUNT; ++v) {
+      const Float w = q[v].get<I>();
       FI_UNROLL
-      for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(broadcast(x[r * kChunk + I]), w, acc[r][v]);
+      for (int r = 0; r < ROWS; ++r) acc[r][V + v] = fma(broadcast(x[r * kChunk + I]), w, acc[r][V + v]);
     }
-    if constexpr (I + 1 < kUnit) columns<I + 1, ROWS, VECS>(x, lanes, scale, offset, acc);
+    if constexpr (I + 1 < kUnit) columns<I + 1, V, COUNT, ROWS, VECS>(x, q, acc);
   }
 
-  template <int ROWS, int PANELS>
-  static void stream(const float* x, const uint8_t* const* lines, const float* side, int64_t len, bool first,
-                     float* sums) {
+  template <int V, int ROWS, int VECS, class L>
+  static FI_INLINE void unit(const float* x, const L& lines, Float (&acc)[ROWS][VECS]) {
+    constexpr int kCount = VECS - V < kTogether ? VECS - V : kTogether;
+    Nibbles q[kCount];
+    FI_UNROLL
+    for (int v = 0; v < kCount; ++v) q[v] = Nibbles(lines.load(V + v));
+    columns<0, V, kCount, ROWS, VECS>(x, q, acc);
+    settle(acc[0]);
+    if constexpr (V + kCount < VECS) unit<V + kCount, ROWS, VECS>(x, lines, acc);
+  }
+
+  template <int ROWS, int PANELS, class Call>
+  static FI_NOINLINE void stream(const Call& c) {
     constexpr int kVecs = PANELS * kLineVecs;
-    const uint8_t* line[PANELS];
-    for (int p = 0; p < PANELS; ++p) line[p] = lines[p];
-    int64_t position = 0;
-    for (int64_t k = 0; k < len;) {  // K > 0: there is a group
+    Lines<PANELS> lines(c.lines, c.next);
+    const float* x = c.x;
+    bool first = c.first;
+    for (int64_t group = 0; group < c.len / kGroupColumns; ++group, x += kGroupColumns * ROWS, first = false) {
       Float acc[ROWS][kVecs];
       clear(acc);
-      const int64_t end = len - k < kSumColumns ? len : k + kSumColumns;
-      for (; k < end; k += kGroup, side += kSideGroup, x += ROWS * kGroup) {
-        Float scale[kVecs], offset[kVecs];
+      for (int64_t u = 0; u < kGroupColumns / kUnit; ++u, lines.advance()) {
+        unit<0, ROWS, kVecs>(x + u / 2 * ROWS * kChunk + u % 2 * kUnit, lines, acc);
+      }
+      FI_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const Float x_sum = broadcast(c.x_values[r * c.values_per_row + group]);
         FI_UNROLL
         for (int v = 0; v < kVecs; ++v) {
-          const float* group = side + v / kLineVecs * kSide + v % kLineVecs * kLanes;
-          scale[v] = load(group), offset[v] = load(group + kPanel);
-        }
-        for (int64_t u = 0; u < kGroup / kUnit; ++u, position += 4 * kPanel) {
-          Int lanes[kVecs];
-          FI_UNROLL
-          for (int v = 0; v < kVecs; ++v) {
-            lanes[v] = load_int(line[v / kLineVecs] + position + v % kLineVecs * 4 * kLanes);
-          }
-          columns<0, ROWS, kVecs>(x + u / 2 * ROWS * kChunk + u % 2 * kUnit, lanes, scale, offset, acc);
+          const float* side = c.side + v / kLineVecs * kSide + group * kSideGroup + v % kLineVecs * kLanes;
+          float* sum = c.sums + (r * kVecs + v) * kLanes;
+          const Float offset = first ? mul(x_sum, load(side + kPanel)) : fma(x_sum, load(side + kPanel), load(sum));
+          store(sum, fma(acc[r][v], load(side), offset));
         }
       }
-      add_up<ROWS, kVecs>(acc, 1.0f, first, sums);
-      first = false;
     }
   }
 };

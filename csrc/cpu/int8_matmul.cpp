@@ -2,7 +2,7 @@
 // Source    weight-only int8 as in Dettmers et al., LLM.int8(), arXiv 2208.07339, §2; no outlier columns
 // Layout    LAYOUTS.md#int8-row, #panel16 (faster: read in place)
 // Requires  AVX2, FMA, F16C; AVX-512 where there is one
-// Mapping   panel_matmul.h; threads over (96 rows × panel)
+// Mapping   panel_matmul.h; threads over (192 rows × panel)
 // Bound     memory for M ≤ 4: N·K bytes; above, fp32 multiply-add throughput
 // Verified  tests/test_int8_matmul.py
 
@@ -22,6 +22,4 @@ Tensor int8_matmul_cpu(const Tensor& x, const Tensor& w, const Tensor& w_scale, 
 
 }  // namespace fastinfer
 
-STABLE_TORCH_LIBRARY_IMPL(fastinfer, CPU, m) {
-  m.impl("int8_matmul", TORCH_BOX(&fastinfer::int8_matmul_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastinfer, CPU, m) { m.impl("int8_matmul", TORCH_BOX(&fastinfer::int8_matmul_cpu)); }

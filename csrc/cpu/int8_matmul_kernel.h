@@ -40,31 +40,32 @@ struct Int8Op : FloatOp {
     }
   }
 
-  template <int ROWS, int PANELS>
-  static void stream(const float* x, const uint8_t* const* lines, const char*, int64_t len, bool first, float* sums) {
+  template <int ROWS, int PANELS, class Call>
+  static FI_NOINLINE void stream(const Call& c) {
     constexpr int kVecs = PANELS * kLineVecs;
-    const uint8_t* line[PANELS];
-    for (int p = 0; p < PANELS; ++p) line[p] = lines[p];
-    int64_t offset = 0, k = 0;
+    Lines<PANELS> lines(c.lines, c.next);
+    const float* x = c.x;
+    bool first = c.first;
+    int64_t k = 0;
     do {
       Float acc[ROWS][kVecs];
       clear(acc);
-      const int64_t end = len - k < kSumColumns ? len : k + kSumColumns;
+      const int64_t end = c.len - k < kSumColumns ? c.len : k + kSumColumns;
       for (; k < end; k += kChunk, x += (ROWS - 1) * kChunk) {
         const int64_t units = end - k < kChunk ? ceil_div(end - k, kUnit) : kChunk / kUnit;
-        for (int64_t u = 0; u < units; ++u, offset += 4 * kPanel, x += kUnit) {
+        for (int64_t u = 0; u < units; ++u, lines.advance(), x += kUnit) {
           Int bytes[kVecs];
           FI_UNROLL
-          for (int v = 0; v < kVecs; ++v) bytes[v] = load_int(line[v / kLineVecs] + offset + v % kLineVecs * 4 * kLanes);
+          for (int v = 0; v < kVecs; ++v) bytes[v] = lines.load(v);
           column<0, ROWS, kVecs>(x, bytes, acc);
           column<1, ROWS, kVecs>(x, bytes, acc);
           column<2, ROWS, kVecs>(x, bytes, acc);
           column<3, ROWS, kVecs>(x, bytes, acc);
         }
       }
-      add_up<ROWS, kVecs>(acc, kByteScale, first, sums);
+      add_up<ROWS, kVecs>(acc, kByteScale, first, c.sums);
       first = false;
-    } while (k < len);
+    } while (k < c.len);
   }
 };
 

@@ -2,7 +2,7 @@
 // Source    per-token activations as in Yao et al., ZeroQuant, arXiv 2206.01861, §3.1; symmetric
 // Layout    LAYOUTS.md#int8-row, #panel16 (faster: read in place)
 // Requires  AVX2, FMA, F16C; AVX512-VNNI where there is one; K ≤ 131,072, so that int32 sums cannot overflow
-// Mapping   panel_matmul.h; x quantised once a call, in parallel over rows; threads over (96 rows × panel)
+// Mapping   panel_matmul.h; x quantised once a call, in parallel over rows; threads over (192 rows × panel)
 // Bound     memory for small M: N·K bytes; above, vpmaddwd (32 multiply-adds a cycle) or vpdpbusd (128)
 // Verified  tests/test_int8_scaled_matmul.py
 

@@ -14,9 +14,9 @@
 
 namespace fastinfer {
 
-constexpr int64_t kPanel = 16;      // rows of weights in a panel, LAYOUTS.md#panel16
-constexpr int64_t kChunk = 16;      // columns of x that lie together in the packed rows
-constexpr int64_t kChunkRows = 96;  // rows of x that one pass over a panel serves
+constexpr int64_t kPanel = 16;       // rows of weights in a panel, LAYOUTS.md#panel16
+constexpr int64_t kChunk = 16;       // columns of x that lie together in the packed rows
+constexpr int64_t kChunkRows = 192;  // rows of x that one pass over a panel serves
 
 enum class Dtype { kFloat, kBFloat16, kHalf };
 
@@ -58,19 +58,20 @@ struct Job {
   const char* group_scale = nullptr;  // int4: [N, K/G] in the layout of w
   const char* group_zero = nullptr;
   Dtype group_dtype = Dtype::kFloat;
-  int64_t group = 0;  // G
+  int group_shift = 0;  // log2 G
 
   // Filled in by run(): x in blocks of rows, [M / rows_per_block][K / 16][rows of the block][16], zero-padded in K.
   int64_t rows_per_block = 0;
   char* packed = nullptr;
-  float* x_scale = nullptr;  // [M] where the kernel quantises x
+  float* x_values = nullptr;  // [M][values_per_row]: x_scale, or sums of groups of columns
+  int64_t values_per_row = 0;
 };
 
 // The compiled kernels of one op and instruction set.
 struct Kernels {
-  int64_t max_rows;  // the most rows of x in a block
-  int64_t x_bytes;   // bytes of an element of packed x
-  bool scales_x;     // x is quantised, with a scale a row
+  int64_t max_rows;       // the most rows of x in a block
+  int64_t x_bytes;        // bytes of an element of packed x
+  int64_t value_columns;  // pack() leaves a float for so many columns of a row in x_values; 0 if none
   void (*pack)(const Job&, int64_t block0, int64_t block1);
   void (*matmul)(const Job&, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1);
 };
@@ -103,24 +104,26 @@ void parallel(int64_t count, int64_t operations, const F& f) {
   }
 }
 
-// Packs x some thousand rows at a time (kScratchBytes), then goes over (chunk of rows × panel), split evenly.
+// Packs x, as many rows at a time as kScratchBytes hold, then goes over (chunk of rows × panel), split evenly.
 inline void run(const Kernels& kernels, Job job) {
   constexpr int64_t kScratchBytes = 4 << 20;
   const int64_t columns = ceil_div(job.k, kChunk) * kChunk, panels = ceil_div(job.n, kPanel);
-  const int64_t row_bytes = columns * kernels.x_bytes + sizeof(float);
+  if (kernels.value_columns > 0) job.values_per_row = std::max<int64_t>(1, ceil_div(job.k, kernels.value_columns));
+  const int64_t row_bytes = std::max<int64_t>(1, columns * kernels.x_bytes + job.values_per_row * sizeof(float));
   const int64_t most = std::max<int64_t>(kScratchBytes / row_bytes / kChunkRows * kChunkRows, 2 * kernels.max_rows);
   const int64_t total = job.m, x_row = job.k * bytes_of(job.x_dtype), y_row = job.n * bytes_of(job.x_dtype);
   if (total == 0 || job.n == 0) return;
   job.packed = scratch(std::min(most, total) * row_bytes);
   for (int64_t done = 0; done < total; done += job.m, job.x += job.m * x_row, job.y += job.m * y_row) {
     job.m = std::min(most, total - done);
-    if (kernels.scales_x) job.x_scale = reinterpret_cast<float*>(job.packed + job.m * columns * kernels.x_bytes);
-    const int64_t blocks = ceil_div(job.m, kernels.max_rows);
-    job.rows_per_block = ceil_div(job.m, blocks);
-    parallel(ceil_div(job.m, job.rows_per_block), job.rows_per_block * columns,
-             [&](int64_t begin, int64_t end) { kernels.pack(job, begin, end); });
-    const int64_t chunk = std::max<int64_t>(1, kChunkRows / job.rows_per_block) * job.rows_per_block;
-    parallel(ceil_div(job.m, chunk) * panels, std::min(chunk, job.m) * kPanel * columns, [&](int64_t begin, int64_t end) {
+    job.x_values = reinterpret_cast<float*>(job.packed + job.m * columns * kernels.x_bytes);
+    job.rows_per_block = ceil_div(job.m, ceil_div(job.m, kernels.max_rows));
+    const int64_t blocks = ceil_div(job.m, job.rows_per_block);
+    parallel(blocks, job.rows_per_block * columns, [&](int64_t begin, int64_t end) { kernels.pack(job, begin, end); });
+    const int64_t chunks = ceil_div(blocks, kChunkRows / job.rows_per_block);  // of equal size, for an even split
+    const int64_t chunk = ceil_div(blocks, chunks) * job.rows_per_block;
+    const int64_t operations = std::min(chunk, job.m) * kPanel * columns;
+    parallel(ceil_div(job.m, chunk) * panels, operations, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t row = begin / panels * chunk, panel = begin % panels;
         const int64_t stop = std::min(panels, panel + end - begin);
@@ -131,7 +134,7 @@ inline void run(const Kernels& kernels, Job job) {
   }
 }
 
-// The checks that are left after matmul_checks.h, the job, and the tensors that own its memory.
+// A matmul's job with the tensors that own its memory. Checks what matmul_checks.h leaves open: CPU and layout.
 struct Matmul {
   Tensor x, y;
   Job job;
@@ -140,9 +143,9 @@ struct Matmul {
          const std::string& layout)
       : x(torch::stable::contiguous(x_)), y(empty_output(x_, shape.n)) {
     FASTINFER_CHECK(op, cpu_isa() != Isa::kNone, "the CPU kernels need AVX2, FMA and F16C");
-    FASTINFER_CHECK(op, layout == "row" || layout == "panel16", "layout must be 'row' or 'panel16', got '", layout, "'");
     const bool panels = layout == "panel16";
-    FASTINFER_CHECK(op, !panels || w.size(1) % 4 == 0, "layout 'panel16' needs rows of w of a multiple of 4 bytes, got ",
+    FASTINFER_CHECK(op, panels || layout == "row", "layout must be 'row' or 'panel16', got '", layout, "'");
+    FASTINFER_CHECK(op, !panels || w.size(1) % 4 == 0, "layout 'panel16' needs rows of w in units of 4 bytes, got ",
                     shape_text(w));
     job.m = shape.m, job.n = shape.n, job.k = shape.k;
     job.x = static_cast<const char*>(x.const_data_ptr());

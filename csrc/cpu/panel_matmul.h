@@ -1,16 +1,21 @@
 // The one path of all quantised matmuls: y[M, N] = x[M, K] · w[N, K]ᵀ over panels of 16 rows of w.
 // Source    Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008: x in blocks
 //           that stay in L2, a panel of w in L1, a register tile of both; here the panel is expanded from 8 or 4 bits.
-// Layout    LAYOUTS.md#panel16; row-order weights, the last N mod 16 rows and ragged K are packed into a panel on the stack
+// Layout    LAYOUTS.md#panel16; row-order weights, the last N mod 16 rows and ragged K are packed on the stack first
 // Mapping   lanes are output channels, so nothing is summed across lanes; per k one column of x is broadcast:
 //
-//             x [rows][16 k] ──broadcast──┐           M ≤ kMaxRows:  stream(): bytes → registers → multiply-add
-//             w [k][16 channels] ─────────┴→ tile     else:          expand() a block of K once, tile() for each row block
+//             x [rows][16 k] ──broadcast──┐           M ≤ kMaxRows: stream(): bytes → registers → multiply-add
+//             w [k][16 channels] ─────────┴→ tile     else: expand() a block of K once, tile() for each row block
 //
-// Included once per instruction set by each_isa.h. `Op` is the arithmetic: float_op.h, dot_avx2.h, dot_avx512.h give
+// Memory    a block's lines prefetch those of the next block: the hardware is slow to follow several streams
+// Included once per instruction set by each_isa.h. `Op` is the arithmetic (float_op.h, dot_avx2.h, dot_avx512.h):
 //   X, Acc, Expanded, Side   element types: packed x, sums, expanded weights, whatever a panel needs beside its lines
 //   kUnit, kBlock, kSide     columns in a unit of 4 bytes; columns a pass; Side elements for a panel and pass
-//   prepare, expand, stream, tile, pack
+//   kExpands, kExpandedPanel whether there is expand() and tile(); elements from a panel's first to the next panel's
+//   kScalesX, kValueColumns  whether x_values are scales of rows; columns that an element of x_values stands for, or 0
+//   kStreamAccumulators      the most accumulators of stream()
+//   pack_row, prepare        a row of x to the packed form; what a panel needs in Side for a pass
+//   expand, tile, stream     the work itself
 
 // Accumulators that a tile of `rows` × `panels` takes fit into the registers.
 constexpr bool tile_fits(int64_t rows, int64_t panels, int64_t most = kMaxAccumulators) {
@@ -18,9 +23,10 @@ constexpr bool tile_fits(int64_t rows, int64_t panels, int64_t most = kMaxAccumu
 }
 
 constexpr int64_t kMaxPanels = 4;
+constexpr int64_t kGroupColumns = 32;  // int4: the finest group, for which x_values holds a sum
 constexpr int64_t kTileChannels = kMaxAccumulators / (kMaxRows * kLineVecs) * kPanel;  // of an expanded tile
 
-// `count` units of the 16 rows of a panel from `unit` on, as a panel16 panel has them; rows and bytes past the end are 0.
+// `count` units of a panel's 16 rows from `unit` on, in a panel's order: in place, or packed with 0 past the end.
 inline const uint8_t* panel_lines(const PackedWeights& w, int64_t panel, int64_t unit, int64_t count, uint8_t* packed) {
   if (w.in_panel(panel)) return w.data + panel * kPanel * w.row_bytes + unit * 4 * kPanel;
   const int64_t rows = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
@@ -39,16 +45,20 @@ inline const uint8_t* panel_lines(const PackedWeights& w, int64_t panel, int64_t
   return packed;
 }
 
+constexpr int64_t bytes_in(Dtype t) { return t == Dtype::kFloat ? 4 : 2; }
+
 template <Dtype T>
-FI_INLINE void load_some(const char* p, int64_t count, Float* out) {  // 16 elements, those past count 0
-  alignas(64) char padded[kChunk * 4];
-  constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
-  if (count < kChunk) {
-    std::memset(padded, 0, sizeof(padded));
-    if (count > 0) std::memcpy(padded, p, count * kBytes);
-    p = padded;
-  }
-  for (int v = 0; v < kLineVecs; ++v) out[v] = load_as_float<T>(p + v * kLanes * kBytes);
+FI_INLINE void load_chunk(const char* p, Float* out) {  // 16 elements as floats
+  FI_UNROLL
+  for (int v = 0; v < kLineVecs; ++v) out[v] = load_as_float<T>(p + v * kLanes * bytes_in(T));
+}
+
+template <Dtype T>
+FI_INLINE void load_some(const char* p, int64_t count, Float* out) {  // the same, those past `count` 0
+  if (count >= kChunk) return load_chunk<T>(p, out);
+  alignas(64) char padded[kChunk * 4] = {};
+  if (count > 0) std::memcpy(padded, p, count * bytes_in(T));
+  load_chunk<T>(padded, out);
 }
 
 inline void load_some(Dtype type, const char* p, int64_t index, int64_t count, float* out) {
@@ -63,14 +73,14 @@ inline void load_some(Dtype type, const char* p, int64_t index, int64_t count, f
 FI_INLINE Float load_sums(const float* p) { return load(p); }
 FI_INLINE Float load_sums(const int32_t* p) { return to_float(load_int(p)); }
 
-// y = sum · (x_scale · w_scale) + bias for a tile of sums [rows][channels], of which `columns` are inside y.
+// y = sum · (x_scale · w_scale) + bias for sums [rows][channels] at (row0, column); channels from N on are left out.
 template <Dtype T, class Acc>
 void finish(const Job& job, int64_t row0, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
-            const float* scale, const float* bias) {
-  constexpr int64_t kBytes = T == Dtype::kFloat ? 4 : 2;
+            const float* x_scales, const float* scale, const float* bias) {
+  constexpr int64_t kBytes = bytes_in(T);
   alignas(64) char padded[kPanel * 4];
   for (int64_t row = 0; row < rows; ++row) {
-    const Float x_scale = broadcast(job.x_scale == nullptr ? 1.0f : job.x_scale[row0 + row]);
+    const Float x_scale = broadcast(x_scales == nullptr ? 1.0f : x_scales[row0 + row]);
     for (int64_t c = 0; c < channels && column + c < job.n; c += kPanel) {
       char* y = job.y + ((row0 + row) * job.n + column + c) * kBytes;
       const int64_t count = job.n - column - c;
@@ -85,29 +95,54 @@ void finish(const Job& job, int64_t row0, int64_t rows, int64_t column, int64_t 
   }
 }
 
+// One block of K for one block of rows.
+template <class Op>
+struct BlockCall {
+  const typename Op::X* x;  // [len / 16][rows][16]
+  const float* x_values;    // of row 0 and column 0 of the block; rows lie values_per_row apart
+  int64_t values_per_row;
+  const uint8_t* const* lines;            // a pointer a panel
+  const uint8_t* const* next;             // the lines of the block that comes next, to prefetch
+  const typename Op::Side* side;          // [panels][kSide]
+  const typename Op::Expanded* expanded;  // null to stream
+  int64_t len;
+  bool first;              // sums start from zero
+  typename Op::Acc* sums;  // [rows][panels · 16]
+};
+
+// A position in the lines of PANELS panels that are read side by side.
+template <int PANELS>
+struct Lines {
+  const uint8_t *line[PANELS], *next[PANELS];
+  int64_t offset = 0;
+
+  FI_INLINE Lines(const uint8_t* const* lines, const uint8_t* const* next_lines) {
+    FI_UNROLL
+    for (int p = 0; p < PANELS; ++p) line[p] = lines[p], next[p] = next_lines[p];
+  }
+  FI_INLINE Int load(int v) const {  // vector v of the lines at this position
+    return load_int(line[v / kLineVecs] + offset + v % kLineVecs * 4 * kLanes);
+  }
+  FI_INLINE void advance() {
+    FI_UNROLL
+    for (int p = 0; p < PANELS; ++p) _mm_prefetch(reinterpret_cast<const char*>(next[p] + offset), _MM_HINT_T0);
+    offset += 4 * kPanel;
+  }
+};
+
 template <class Op>
 struct PanelMatmul {
   using X = typename Op::X;
   using Acc = typename Op::Acc;
   using Side = typename Op::Side;
-
-  // One block of K for one block of rows.
-  struct Call {
-    const X* x;                   // [len / 16][rows][16]
-    const uint8_t* const* lines;  // a pointer a panel
-    const Side* side;             // [panels][kSide]
-    const typename Op::Expanded* expanded;
-    int64_t len;
-    bool first;
-    Acc* sums;  // [rows][panels · 16]
-  };
+  using Call = BlockCall<Op>;
 
   template <int ROWS, int PANELS>
   static void call(const Call& c) {
     if constexpr (PANELS * kPanel <= kTileChannels && Op::kExpands) {
       if (c.expanded != nullptr) return Op::template tile<ROWS, PANELS>(c.x, c.expanded, c.len, c.first, c.sums);
     }
-    Op::template stream<ROWS, PANELS>(c.x, c.lines, c.side, c.len, c.first, c.sums);
+    Op::template stream<ROWS, PANELS>(c);
   }
 
   template <int ROWS = kMaxRows>
@@ -137,19 +172,20 @@ struct PanelMatmul {
     alignas(64) typename Op::Expanded expanded[Op::kExpands ? Op::kBlock * kTileChannels : 1];
     alignas(64) Acc sums[kChunkRows * kTileChannels];
     alignas(64) float scale[kMaxPanels * kPanel], bias[kMaxPanels * kPanel];
-    const uint8_t* lines[kMaxPanels];
+    const uint8_t *lines[kMaxPanels], *next[kMaxPanels];
     const bool expands = Op::kExpands && row1 - row0 > job.rows_per_block;
     const int64_t columns = ceil_div(job.k, kChunk) * kChunk;
 
     for (int64_t panel = panel0, panels; panel < panel1; panel += panels) {
       panels = width(job.rows_per_block, panel1 - panel, expands);
       const int64_t channels = panels * kPanel, column = panel * kPanel;
-      for (int64_t p = 0; p < panels; ++p) load_channels(job, column + p * kPanel, scale + p * kPanel, bias + p * kPanel);
+      for (int64_t c = 0; c < channels; c += kPanel) load_channels(job, column + c, scale + c, bias + c);
       int64_t k0 = 0;
       do {  // once for K = 0 too
         const int64_t len = job.k - k0 < Op::kBlock ? job.k - k0 : Op::kBlock;
         for (int64_t p = 0; p < panels; ++p) {
           lines[p] = panel_lines(job.w, panel + p, k0 / Op::kUnit, ceil_div(len, Op::kUnit), packed[p]);
+          next[p] = next_lines(job, panel + p, panel + p + panels, panel1, k0, lines[p]);
           Op::prepare(job, panel + p, k0, len, lines[p], side + p * Op::kSide);
           if constexpr (Op::kExpands) {
             if (expands) Op::expand(lines[p], side + p * Op::kSide, len, expanded + p * Op::kExpandedPanel, panels);
@@ -159,12 +195,23 @@ struct PanelMatmul {
           const int64_t rows = row1 - row < job.rows_per_block ? row1 - row : job.rows_per_block;
           const X* x = reinterpret_cast<const X*>(job.packed) + row * columns + k0 * rows;
           Acc* tile = sums + (row - row0) * channels;
-          dispatch(rows, panels, {x, lines, side, expands ? expanded : nullptr, len, k0 == 0, tile});
+          const float* values = job.x_values + row * job.values_per_row + (Op::kScalesX ? 0 : k0 / kGroupColumns);
+          dispatch(rows, panels,
+                   {x, values, job.values_per_row, lines, row == row0 ? next : lines, side,
+                    expands ? expanded : nullptr, len, k0 == 0, tile});
           if (k0 + len == job.k) write(job, row, rows, column, channels, tile, scale, bias);
         }
         k0 += Op::kBlock;
       } while (k0 < job.k);
     }
+  }
+
+  // The lines that this panel's place in the group sees next: its next block of K, or the next group's panel.
+  static const uint8_t* next_lines(const Job& job, int64_t panel, int64_t next_panel, int64_t end, int64_t k0,
+                                   const uint8_t* lines) {
+    if (!job.w.in_panel(panel)) return lines;
+    if (k0 + Op::kBlock < job.k) return lines + Op::kBlock / Op::kUnit * 4 * kPanel;
+    return next_panel < end && job.w.in_panel(next_panel) ? job.w.data + next_panel * kPanel * job.w.row_bytes : lines;
   }
 
   static void load_channels(const Job& job, int64_t column, float* scale, float* bias) {
@@ -178,20 +225,22 @@ struct PanelMatmul {
 
   static void write(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
                     const float* scale, const float* bias) {
+    const float* x_scales = Op::kScalesX ? job.x_values : nullptr;
     switch (job.x_dtype) {
       case Dtype::kFloat:
-        return finish<Dtype::kFloat>(job, row, rows, column, channels, sums, scale, bias);
+        return finish<Dtype::kFloat>(job, row, rows, column, channels, sums, x_scales, scale, bias);
       case Dtype::kBFloat16:
-        return finish<Dtype::kBFloat16>(job, row, rows, column, channels, sums, scale, bias);
+        return finish<Dtype::kBFloat16>(job, row, rows, column, channels, sums, x_scales, scale, bias);
       case Dtype::kHalf:
-        return finish<Dtype::kHalf>(job, row, rows, column, channels, sums, scale, bias);
+        return finish<Dtype::kHalf>(job, row, rows, column, channels, sums, x_scales, scale, bias);
     }
   }
 
   // Blocks of rows of x into the packed form, `Op::pack_row` doing one row.
   static void pack(const Job& job, int64_t block0, int64_t block1) {
     const int64_t columns = ceil_div(job.k, kChunk) * kChunk;
-    for (int64_t row0 = block0 * job.rows_per_block; row0 < job.m && block0 < block1; row0 += job.rows_per_block, ++block0) {
+    for (int64_t block = block0; block < block1; ++block) {
+      const int64_t row0 = block * job.rows_per_block;
       const int64_t rows = job.m - row0 < job.rows_per_block ? job.m - row0 : job.rows_per_block;
       X* target = reinterpret_cast<X*>(job.packed) + row0 * columns;
       for (int64_t r = 0; r < rows; ++r) {
@@ -210,5 +259,5 @@ struct PanelMatmul {
     }
   }
 
-  static constexpr Kernels kernels() { return {kMaxRows, sizeof(X), Op::kScalesX, &pack, &matmul}; }
+  static constexpr Kernels kernels() { return {kMaxRows, sizeof(X), Op::kValueColumns, &pack, &matmul}; }
 };

@@ -3,17 +3,26 @@
 
 constexpr int kLanes = 8;
 constexpr int kLineVecs = kPanel / kLanes;  // vectors in the 16 channels of a panel
-constexpr int kMaxRows = 6;                 // rows of x in a block: 6 rows × 2 vectors = 12 accumulators of 16 registers
+constexpr int kMaxRows = 6;                 // rows of x in a block: 6 × 2 vectors = 12 accumulators of 16 registers
 constexpr int kMaxAccumulators = 12;
 
 using Float = __m256;
 using Int = __m256i;
+
+// Ends one row's multiply-adds: without it gcc loads all rows ahead, runs out of registers and spills accumulators.
+template <class V, int VECS>
+FI_INLINE void settle(V (&acc)[VECS]) {
+  FI_UNROLL
+  for (int v = 0; v < VECS; ++v) asm volatile("" : "+x"(acc[v]) : : "memory");
+}
 
 FI_INLINE Float zero_float() { return _mm256_setzero_ps(); }
 FI_INLINE Float broadcast(float v) { return _mm256_set1_ps(v); }
 FI_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
 FI_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 FI_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+FI_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+FI_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 FI_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 FI_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 
@@ -26,7 +35,7 @@ FI_INLINE Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
 
 FI_INLINE Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
 FI_INLINE Int magnitude_bits(Float v) { return _mm256_and_si256(_mm256_castps_si256(v), broadcast_int(0x7fffffff)); }
-FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(_mm256_round_ps(v, 0)); }  // halves to even
+FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(v); }  // halves to even, as threads start
 FI_INLINE Float clamp(Float v, float most) {
   return _mm256_min_ps(_mm256_max_ps(v, broadcast(-most)), broadcast(most));
 }
@@ -37,6 +46,11 @@ inline int32_t reduce_max(Int v) {
   for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
   return top;
 }
+inline float reduce_add(Float v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 
 // Byte J of each lane, signed, times 2^24, as a float: a shuffle puts it into the top byte, so that no shift is needed.
 template <int J>
@@ -46,12 +60,24 @@ FI_INLINE Float byte_to_float(Int lanes) {
   return to_float(_mm256_shuffle_epi8(lanes, _mm256_broadcastsi128_si256(to_top)));
 }
 
-// The unsigned 4-bit number I of each lane.
-template <int I>
-FI_INLINE Float nibble_to_float(Int lanes) {
-  const Int shifted = I == 0 ? lanes : _mm256_srli_epi32(lanes, 4 * I);
-  return to_float(I == 7 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32(15)));
-}
+// The 4-bit numbers q of each lane as floats, (q − 8) · 2^28: with its top bit flipped a nibble is q − 8 in two's
+// complement; low and high nibbles are moved to the tops of their bytes once, the rest is byte_to_float.
+struct Nibbles {
+  static constexpr float kScale = 1.0f / (1 << 28);
+  Int low, high;
+
+  Nibbles() = default;
+  FI_INLINE explicit Nibbles(Int lanes) {
+    const Int signs = _mm256_set1_epi8(static_cast<char>(0x88)), tops = _mm256_set1_epi8(static_cast<char>(0xf0));
+    const Int flipped = _mm256_xor_si256(lanes, signs);
+    low = _mm256_and_si256(_mm256_slli_epi32(flipped, 4), tops);
+    high = _mm256_and_si256(flipped, tops);
+  }
+  template <int I>
+  FI_INLINE Float get() const {
+    return byte_to_float<I / 2>(I % 2 == 0 ? low : high);
+  }
+};
 
 template <Dtype T>
 FI_INLINE Float load_as_float(const void* p) {

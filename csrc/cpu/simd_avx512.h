@@ -3,17 +3,26 @@
 
 constexpr int kLanes = 16;
 constexpr int kLineVecs = kPanel / kLanes;  // vectors in the 16 channels of a panel
-constexpr int kMaxRows = 12;                // rows of x in a block: 12 rows × 2 panels = 24 accumulators of 32 registers
+constexpr int kMaxRows = 12;                // rows of x in a block: 12 × 2 panels = 24 accumulators of 32 registers
 constexpr int kMaxAccumulators = 24;
 
 using Float = __m512;
 using Int = __m512i;
+
+// Ends one row's multiply-adds: without it gcc loads all rows ahead, runs out of registers and spills accumulators.
+template <class V, int VECS>
+FI_INLINE void settle(V (&acc)[VECS]) {
+  FI_UNROLL
+  for (int v = 0; v < VECS; ++v) asm volatile("" : "+v"(acc[v]) : : "memory");
+}
 
 FI_INLINE Float zero_float() { return _mm512_setzero_ps(); }
 FI_INLINE Float broadcast(float v) { return _mm512_set1_ps(v); }
 FI_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
 FI_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 FI_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+FI_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+FI_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 FI_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 FI_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 
@@ -33,6 +42,7 @@ FI_INLINE Float clamp(Float v, float most) {
   return _mm512_min_ps(_mm512_max_ps(v, broadcast(-most)), broadcast(most));
 }
 FI_INLINE int32_t reduce_max(Int v) { return _mm512_reduce_max_epi32(v); }
+FI_INLINE float reduce_add(Float v) { return _mm512_reduce_add_ps(v); }
 
 // Byte J of each lane, signed, times 2^24, as a float: a shuffle puts it into the top byte, so that no shift is needed.
 template <int J>
@@ -42,12 +52,19 @@ FI_INLINE Float byte_to_float(Int lanes) {
   return to_float(_mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(to_top)));
 }
 
-// The unsigned 4-bit number I of each lane: a table of floats, looked up by the low four bits.
-template <int I>
-FI_INLINE Float nibble_to_float(Int lanes) {
-  const Float table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_permutexvar_ps(I == 0 ? lanes : _mm512_srli_epi32(lanes, 4 * I), table);
-}
+// The 4-bit numbers q of each lane as floats, q − 8: a table of floats, looked up by the low four bits.
+struct Nibbles {
+  static constexpr float kScale = 1.0f;
+  Int lanes;
+
+  Nibbles() = default;
+  FI_INLINE explicit Nibbles(Int lanes) : lanes(lanes) {}
+  template <int I>
+  FI_INLINE Float get() const {
+    const Float table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(I == 0 ? lanes : _mm512_srli_epi32(lanes, 4 * I), table);
+  }
+};
 
 template <Dtype T>
 FI_INLINE Float load_as_float(const void* p) {

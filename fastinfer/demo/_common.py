@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +24,11 @@ def read_lines(text: Path | None) -> list[str]:
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else int
+    wait()
     start = time.perf_counter()
     call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -59,10 +61,15 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False  # dequantised by now, but still marked
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    aside = target.with_name(f"{target.name}.{os.getpid()}")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(target)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if not (target / "config.json").exists():  # another process may have been quicker
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"converted in {time.time() - started:.0f} s: {target}", file=sys.stderr, flush=True)
 
 

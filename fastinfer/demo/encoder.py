@@ -84,5 +84,6 @@ def run(args: argparse.Namespace) -> dict:
         for n, r in figures["rows"].items()
     ]
     print_table(headers, rows)
-    print("\nint4 without calibration costs so small a model visibly; int8 is the default for a reason.")
+    if args.model is None:
+        print("\nint4 without calibration costs so small a model visibly; int8 is the default for a reason.")
     return figures
