@@ -20,7 +20,7 @@ LINTERS  := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '"
 CXX_ALL  := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NATIVE   := setup.py pyproject.toml $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help demo test test-oldest test-packaging lint format wheel sdist bench clean
+.PHONY: help demo test test-oldest test-packaging memcheck lint format wheel sdist bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make test            the tests, on the newest transformers; ARGS="-k int4" and the like'
 	@echo 'make test-oldest     the tests of models, on $(OLDEST)'
 	@echo 'make test-packaging  sdist → wheel → import in a fresh environment (minutes)'
+	@echo 'make memcheck        the CUDA kernels under compute-sanitizer (needs a GPU)'
 	@echo 'make lint            ruff, mypy, clang-format;  make format  mends what can be mended'
 	@echo 'make wheel           dist/fastinfer-*.whl;  make sdist  the source distribution'
 	@echo 'make bench           benchmarks/run.py'
@@ -44,6 +45,9 @@ test-oldest: $(VENV)/.oldest
 
 test-packaging: $(VENV)/.dev
 	$(BIN)/python -m pytest -m packaging tests/test_packaging.py $(ARGS)
+
+memcheck: $(VENV)/.dev
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python tests/memcheck.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

@@ -1,0 +1,48 @@
+"""Small calls of every op, checked against fp64 on the CPU, to be run under compute-sanitizer (make memcheck).
+
+The references stay off the GPU: under the sanitizer it is our kernels that should take the time.
+"""
+
+import os
+import sys
+from itertools import product
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own, so that overruns show
+
+import test_int4_matmul as int4_cases
+import test_int8_matmul as int8_cases
+import tolerance
+import torch
+from matmul_cases import DTYPES, check_float_matmul
+
+from fastinfer import ops
+
+ROWS = [1, 3, 8, 9, 17, 33, 70, 200]
+COLUMNS = [1, 33, 130]
+
+
+def main(device: str) -> int:
+    torch.manual_seed(0)
+    scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
+    calls = 0
+    for m, n, dtype in product(ROWS, COLUMNS, DTYPES):
+        for k in (30, 64, 208):
+            case = int8_cases.make(m, n, k, dtype, "cpu")
+            there = [t.to(device) for t in case]
+            x, w, w_scale, bias = case
+            weight = int8_cases.op.dequantize(w, w_scale, dtype=torch.float64)
+            check_float_matmul(ops.int8_matmul(*there).cpu(), x, weight, bias)
+            out = ops.int8_scaled_matmul(*there).cpu()
+            tolerance.assert_within(out, scaled(*case, dtype=torch.float64), scaled(*case))
+            calls += 2
+        for g in (32, 64, 128):
+            x, *packed, bias = case = int4_cases.make(m, n, 384, g, dtype, "cpu")
+            weight = int4_cases.op.dequantize(*packed, dtype=torch.float64)
+            check_float_matmul(ops.int4_matmul(*(t.to(device) for t in case)).cpu(), x, weight, bias)
+            calls += 1
+    print(f"{calls} calls right on {device}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda"))
