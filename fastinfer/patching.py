@@ -133,6 +133,8 @@ class _TakenWeight:
             weight = nn.Parameter(tensor, requires_grad=self.requires_grad)
             weight.grad = self.grad
             vars(weight).update(self.attributes)
+        else:
+            weight.data = weight.data.to(self.new.weight.device, self.new.compute_dtype)
         for module in self.modules:
             module._parameters["weight"] = weight
 
@@ -168,9 +170,9 @@ class _Record:
                 raise PatchError(
                     f"{swap.name} of {type(swap.parent).__name__} was exchanged since the model was patched"
                 )
-        for weight in self.taken:
-            if weight.new.weights_loaded:
+            if swap.new.weights_loaded:
                 raise PatchError("other quantised weights were loaded into this model since it was patched")
+        for weight in self.taken:
             if weight.new.weight.is_meta:
                 raise PatchError("the patched model is on the meta device: move it back first")
         tensors = [weight.original.load() for weight in self.taken]

@@ -93,6 +93,9 @@ BAD = [
     ("w_scale", ValueError, lambda a: a | {"w_scale": a["w_scale"].half()}),
     ("bias", ValueError, lambda a: a | {"bias": a["bias"][:-1]}),
     ("bias", ValueError, lambda a: a | {"bias": a["bias"].double()}),
+    ("bias", ValueError, lambda a: a | {"bias": a["bias"].repeat_interleave(2)[::2]}),
+    ("w", ValueError, lambda a: a | {"w": a["w"].T.contiguous().T}),
+    ("w_scale", ValueError, lambda a: a | {"w_scale": a["w_scale"].repeat_interleave(2)[::2]}),
     ("layout", ValueError, lambda a: a | {"layout": "tiles"}),
 ]
 

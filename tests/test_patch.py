@@ -175,8 +175,9 @@ def test_an_optimizer_keeps_its_parameters():
     fastinfer.patch(model)
     model(**inputs("bert")).logits.sum().backward()
     optimizer.step()
-    fastinfer.unpatch(model)
+    fastinfer.unpatch(model.to(torch.bfloat16))
     assert model.bert.encoder.layer[0].output.dense.weight is weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_float_weights_are_let_go():
@@ -205,9 +206,12 @@ def test_other_weights_loaded_since_make_unpatch_refuse():
         other.lm_head.weight.mul_(-1)
     model.load_state_dict(model.state_dict())  # its own: nothing is lost
     state = fastinfer.patch(other).state_dict()
-    model.load_state_dict(state)
-    with pytest.raises(fastinfer.PatchError, match="other quantised weights were loaded"):
-        fastinfer.unpatch(model)
+    scales = {k: v * 2 if k == "lm_head.weight_scale" else v for k, v in model.state_dict().items()}
+    for loaded in (scales, state):
+        each = copy.deepcopy(model)
+        each.load_state_dict(loaded)
+        with pytest.raises(fastinfer.PatchError, match="other quantised weights were loaded"):
+            fastinfer.unpatch(each)
 
 
 def test_assigning_part_of_a_tied_state_dict():
@@ -219,6 +223,37 @@ def test_assigning_part_of_a_tied_state_dict():
     model.tie_weights()
     for each in (model, copy.deepcopy(model)):
         assert torch.equal(logits(each.to("cpu"), inputs("gemma3")), expected)
+
+
+@pytest.mark.parametrize("dropped", ["lm_head", "model.embed_tokens"])
+def test_assigned_parameters_are_not_changed(dropped):
+    model = fastinfer.patch(build("gemma3"))
+    expected = logits(model, inputs("gemma3"))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    given = {
+        k: nn.Parameter(v, requires_grad=False) if v.dtype == torch.int8 else v
+        for k, v in state.items()
+        if not k.startswith(dropped)
+    }
+    model.load_state_dict(given, strict=False, assign=True)
+    assert torch.equal(logits(model, inputs("gemma3")), expected)
+    assert all(torch.equal(given[k], state[k]) for k in given)
+
+
+def test_weights_put_in_from_outside_are_in_row_order():
+    model = fastinfer.patch(build("llama"))
+    expected = logits(model, inputs("llama"))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    out = torch.func.functional_call(model, state, kwargs=inputs("llama")).logits
+    assert torch.equal(out, expected)
+
+
+def test_offloading_after_patching():
+    accelerate = pytest.importorskip("accelerate")
+    model = fastinfer.patch(build("llama"))
+    expected = logits(model, inputs("llama"))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(logits(model, inputs("llama")), expected)
 
 
 @pytest.mark.parametrize("bad", [-1, 131])

@@ -1,8 +1,8 @@
 """What every quantised module shares: plain tensors, canonical state dict, execution layout by device.
 
 A module keeps its packed weight in the order its device's kernels read (csrc/LAYOUTS.md) and shows the canonical row
-order in its state dict. Modules whose weights are tied hold one Parameter. The Parameter itself is marked with the
-order it is in, so that whichever module reorders it, the others know; deep copies and pickles, which drop the mark,
+order in its state dict. The Parameter itself is marked with the order it is in: modules that share it agree, and one
+put in from outside (by accelerate, say), without a mark, is in row order. Deep copies and pickles, which drop the mark,
 get it back from the module.
 """
 
@@ -27,7 +27,6 @@ class QuantizedModule(nn.Module):
     """Mixin. `weight` is an int8 Parameter [N, ·]; `laid_out` names every tensor that the layout reorders.
 
     Attributes:
-        layout:         the order that the kernels are told, LAYOUTS.md
         weights_loaded: whether load_state_dict has brought in other quantised weights since construction
     """
 
@@ -37,10 +36,14 @@ class QuantizedModule(nn.Module):
     def _init_quantized(self, weight: nn.Parameter, layout: str, like: torch.dtype) -> None:
         """Takes over a packed weight. `like` is the dtype that the module stands in for; `.to(dtype)` changes it."""
         self.register_parameter("weight", weight)
-        self.layout = layout
         setattr(weight, MARK, layout)
         self.weights_loaded = False
         self.register_buffer("_like", torch.empty(0, dtype=like, device=weight.device), persistent=False)
+
+    @property
+    def layout(self) -> str:
+        """The order that the weight is in, LAYOUTS.md."""
+        return getattr(self.weight, MARK, ROW)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -53,24 +56,25 @@ class QuantizedModule(nn.Module):
 
     def use_layout(self, layout: str) -> None:
         """Reorders the packed tensors in memory, unless a module that shares the weight has done so."""
-        current = getattr(self.weight, MARK, self.layout)
+        current = self.layout
         for name in self.laid_out if current != layout else ():
             tensor = getattr(self, name)
             tensor.data = convert(tensor.data, current, layout)
         setattr(self.weight, MARK, layout)
-        self.layout = layout
 
     def use_native_layout(self) -> None:
         """Brings the weights into the order that their device's kernels read fastest."""
         self.use_layout(native_layout(self.weight.device, self.weight.shape[1]))
 
     def __getstate__(self) -> dict:
-        self.layout = getattr(self.weight, MARK, self.layout)
-        return vars(self).copy()
+        return vars(self) | {MARK: self.layout}
 
     def __setstate__(self, state: dict) -> None:
+        layout = state.pop(MARK)
         super().__setstate__(state)
-        setattr(self.weight, MARK, self.layout)
+        if not hasattr(self.weight, MARK):  # else a module that shares it was here first
+            setattr(self.weight, MARK, layout)
+        self.use_native_layout()  # it may have been loaded onto another device
 
     def _apply(self, fn: Callable, recurse: bool = True):
         if fn(torch.empty(0, dtype=torch.int8, device=self.weight.device)).dtype != torch.int8:
@@ -103,11 +107,18 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_state_dict(state_dict, prefix)
+        weight, layout = self.weight, self.layout
         self.use_layout(ROW)
-        if not self.weights_loaded:
-            entry = state_dict.get(prefix + "weight", self.weight)
-            same = entry is self.weight or entry.is_meta or self.weight.is_meta
-            self.weights_loaded = not same and not torch.equal(entry.to(self.weight.device), self.weight)
+        for name in ("weight", *self.scales):
+            own = getattr(self, name)
+            entry = state_dict.get(prefix + name, own)
+            if not (entry is own or entry.is_meta or own.is_meta or torch.equal(entry.to(own.device), own)):
+                self.weights_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args)
-        setattr(self.weight, MARK, ROW)  # it may be another Parameter now
+        if (
+            self.weight is not weight
+        ):  # assigned: neither the caller's tensor nor that of modules tied before may change
+            weight.data = convert(weight.data, ROW, layout)
+            setattr(weight, MARK, layout)
+            self.weight = nn.Parameter(self.weight.detach(), requires_grad=False)
         self.use_native_layout()

@@ -29,13 +29,25 @@ def check_matmul(op: str, x: torch.Tensor, w: torch.Tensor, k: int, bias: torch.
         raise ValueError(f"{op}: the last dimension of x must be K = {k}, got {describe(x)}")
     if x.device != w.device:
         raise ValueError(f"{op}: x is on {x.device}, w on {w.device}")
+    check_beside(op, "w", w, w)
+    if bias is not None:
+        check_beside(op, "bias", bias, w)
     if bias is not None and (bias.shape != w.shape[:1] or bias.dtype not in (x.dtype, torch.float32)):
         raise ValueError(f"{op}: bias must be [{w.shape[0]}] in {x.dtype} or float32, got {describe(bias)}")
+
+
+def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
+    """The kernels read `t` as plain memory on w's device."""
+    if t.device != w.device:
+        raise ValueError(f"{op}: {name} must be on {w.device}, as w, got {t.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
 
 
 def check_int8_scale(op: str, w: torch.Tensor, w_scale: torch.Tensor) -> None:
     if w_scale.dtype != torch.float32 or w_scale.shape != w.shape[:1]:
         raise ValueError(f"{op}: w_scale must be float32 [{w.shape[0]}], got {describe(w_scale)}")
+    check_beside(op, "w_scale", w_scale, w)
 
 
 def linear_reference(x, weight, bias, dtype: torch.dtype | None):

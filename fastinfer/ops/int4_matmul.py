@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import FLOATS, check_matmul, describe, fake_matmul, linear_reference, register_fake, run
+from fastinfer.ops._common import (
+    FLOATS,
+    check_beside,
+    check_matmul,
+    describe,
+    fake_matmul,
+    linear_reference,
+    register_fake,
+    run,
+)
 from fastinfer.ops.layout import ROW, convert
 
 GROUP_SIZES = (32, 64, 128)
@@ -41,6 +50,7 @@ def int4_matmul(
             raise TypeError(f"int4_matmul: {name} must be float16, bfloat16 or float32, as w_scale, got {describe(t)}")
         if t.dim() != 2 or t.shape[0] != w.shape[0] or t.shape != w_scale.shape:
             raise ValueError(f"int4_matmul: {name} must be [{w.shape[0]}, K/G], as w_scale, got {describe(t)}")
+        check_beside("int4_matmul", name, t, w)
     groups = w_scale.shape[1]
     if groups == 0 or k % groups or k // groups not in GROUP_SIZES:
         raise ValueError(f"int4_matmul: w_scale must have K/G columns, G in {GROUP_SIZES}, K = {k}; got {groups}")

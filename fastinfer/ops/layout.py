@@ -20,7 +20,9 @@ def native_layout(device: torch.device, row_bytes: int) -> str:
 
 def _units(t: torch.Tensor) -> torch.Tensor:
     """The tensor in the units a panel interleaves: 4 bytes for int8 weights, one element for scales."""
-    return t.view(torch.int32) if t.dtype == torch.int8 else t
+    if t.dtype != torch.int8:
+        return t
+    return (t.clone() if t.storage_offset() % 4 else t).view(torch.int32)
 
 
 def _swap(t: torch.Tensor, to_panel: bool) -> torch.Tensor:
