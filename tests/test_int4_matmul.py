@@ -64,6 +64,27 @@ def test_repeats_bit_for_bit(device, native):
     assert all(torch.equal(first, int4_matmul(x, *packed, bias)) for _ in range(20))
 
 
+@pytest.mark.parametrize("m", [1, 4, 40])
+def test_one_signed_groups_with_outliers_do_not_cancel(m, device, native):
+    """Zero points far from the middle: s·Σqx − s·z·Σx would lose digits that the dequantised weight has."""
+    from fastinfer.quantize import quantize_int4
+
+    weight = torch.rand(48, 256, device=device) * (torch.rand(48, 256, device=device) < 0.1)
+    packed = quantize_int4(weight, 64, "rtn")[:3]
+    x = torch.randn(m, 256, device=device) + 3
+    x[:, 7] = 1000
+    check(x, *packed, None)
+
+
+@pytest.mark.parametrize("k", [96, 384])
+def test_on_the_cpu_a_row_is_the_same_bits_in_every_batch(k, native, device):
+    if device != "cpu":
+        pytest.skip("on a GPU, kernels for few and many rows differ")
+    x, *packed, bias = make(40, 70, k, 32, torch.float32, device)
+    alone = torch.cat([int4_matmul(row, *packed, bias) for row in x.split(1)])
+    assert torch.equal(int4_matmul(x, *packed, bias), alone)
+
+
 def test_unpack_undoes_pack():
     q = torch.randint(0, 16, (37, 64), dtype=torch.int8)
     assert torch.equal(op.unpack(op.pack(q)), q)

@@ -1,6 +1,7 @@
 // int4 weights in groups times float activations. Included once per instruction set by each_isa.h.
-// A weight is (q − zero) · scale = (q − 8) · scale + offset with offset = (8 − zero) · scale. Streaming takes the
-// offset out of the inner loop: Σ x · w over a group = scale · Σ x · (q − 8) + offset · Σ x, with Σ x from pack_row.
+// A weight is (q − zero) · scale = (q − 8) · scale + offset with offset = (8 − zero) · scale. Few rows or many, each weight is
+// made before it is multiplied: scale · Σ x · (q − 8) + offset · Σ x would spare a multiply-add, but cancels where a group's
+// weights have one sign, and overflows where x is large.
 
 #include "cpu/panel_matmul.h"
 
@@ -9,21 +10,7 @@
 struct Int4Op : FloatOp {
   using Side = float;  // for every 32 columns: 16 scales (times Nibbles::kScale), then 16 offsets
   static constexpr int64_t kUnit = 8, kSideGroup = 2 * kPanel, kSide = kBlock / kGroupColumns * kSideGroup;
-  static constexpr int64_t kValueColumns = kGroupColumns;
   static constexpr int kStreamAccumulators = kLanes == 8 ? 4 : kMaxAccumulators;
-
-  template <Dtype T>
-  static void pack_row(const Job& job, int64_t row, float* target, int64_t stride) {
-    FloatOp::pack_row<T>(job, row, target, stride);
-    float* sums = job.x_values + row * job.values_per_row;
-    for (int64_t k = 0; k < job.k; k += kGroupColumns, target += kGroupColumns / kChunk * stride) {
-      Float sum = zero_float();
-      for (int c = 0; c < kGroupColumns / kChunk; ++c) {
-        for (int v = 0; v < kLineVecs; ++v) sum = add(sum, load(target + c * stride + v * kLanes));
-      }
-      *sums++ = reduce_add(sum);
-    }
-  }
 
   template <Dtype T>
   static FI_INLINE void load_group(const Job& job, int64_t panel, int64_t group, Float* scale, Float* zero) {
@@ -93,25 +80,30 @@ struct Int4Op : FloatOp {
   static constexpr int kTogether = kLanes == 8 ? 2 : 4;
 
   template <int I, int V, int COUNT, int ROWS, int VECS>
-  static FI_INLINE void columns(const float* x, const Nibbles* q, Float (&acc)[ROWS][VECS]) {  // I … 7 of a unit
+  static FI_INLINE void columns(const float* x, const Nibbles* q, const Float* scale, const Float* offset,
+                                Float (&acc)[ROWS][VECS]) {  // I … 7 of a unit
     FI_UNROLL
     for (int v = 0; v < COUNT; ++v) {
-      const Float w = q[v].get<I>();
+      const Float w = fma(q[v].get<I>(), scale[v], offset[v]);
       FI_UNROLL
       for (int r = 0; r < ROWS; ++r) acc[r][V + v] = fma(broadcast(x[r * kChunk + I]), w, acc[r][V + v]);
     }
-    if constexpr (I + 1 < kUnit) columns<I + 1, V, COUNT, ROWS, VECS>(x, q, acc);
+    if constexpr (I + 1 < kUnit) columns<I + 1, V, COUNT, ROWS, VECS>(x, q, scale, offset, acc);
   }
 
   template <int V, int ROWS, int VECS, class L>
-  static FI_INLINE void unit(const float* x, const L& lines, Float (&acc)[ROWS][VECS]) {
+  static FI_INLINE void unit(const float* x, const float* side, const L& lines, Float (&acc)[ROWS][VECS]) {
     constexpr int kCount = VECS - V < kTogether ? VECS - V : kTogether;
     Nibbles q[kCount];
+    Float scale[kCount], offset[kCount];
     FI_UNROLL
-    for (int v = 0; v < kCount; ++v) q[v] = Nibbles(lines.load(V + v));
-    columns<0, V, kCount, ROWS, VECS>(x, q, acc);
+    for (int v = 0; v < kCount; ++v) {
+      const float* group = side + (V + v) / kLineVecs * kSide + (V + v) % kLineVecs * kLanes;
+      q[v] = Nibbles(lines.load(V + v)), scale[v] = load(group), offset[v] = load(group + kPanel);
+    }
+    columns<0, V, kCount, ROWS, VECS>(x, q, scale, offset, acc);
     settle(acc[0]);
-    if constexpr (V + kCount < VECS) unit<V + kCount, ROWS, VECS>(x, lines, acc);
+    if constexpr (V + kCount < VECS) unit<V + kCount, ROWS, VECS>(x, side, lines, acc);
   }
 
   template <int ROWS, int PANELS, class Call>
@@ -119,24 +111,17 @@ struct Int4Op : FloatOp {
     constexpr int kVecs = PANELS * kLineVecs;
     Lines<PANELS> lines(c.lines, c.next);
     const float* x = c.x;
-    bool first = c.first;
-    for (int64_t group = 0; group < c.len / kGroupColumns; ++group, x += kGroupColumns * ROWS, first = false) {
+    const int64_t groups = c.len / kGroupColumns;
+    for (int64_t group = 0; group < groups;) {  // sums as tile() makes them: a row is the same bits for every M
+      const bool first = c.first && group == 0;
       Float acc[ROWS][kVecs];
       clear(acc);
-      for (int64_t u = 0; u < kGroupColumns / kUnit; ++u, lines.advance()) {
-        unit<0, ROWS, kVecs>(x + u / 2 * ROWS * kChunk + u % 2 * kUnit, lines, acc);
-      }
-      FI_UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const Float x_sum = broadcast(c.x_values[r * c.values_per_row + group]);
-        FI_UNROLL
-        for (int v = 0; v < kVecs; ++v) {
-          const float* side = c.side + v / kLineVecs * kSide + group * kSideGroup + v % kLineVecs * kLanes;
-          float* sum = c.sums + (r * kVecs + v) * kLanes;
-          const Float offset = first ? mul(x_sum, load(side + kPanel)) : fma(x_sum, load(side + kPanel), load(sum));
-          store(sum, fma(acc[r][v], load(side), offset));
+      for (int64_t i = 0; i < kSumColumns / kGroupColumns && group < groups; ++i, ++group, x += kGroupColumns * ROWS) {
+        for (int64_t u = 0; u < kGroupColumns / kUnit; ++u, lines.advance()) {
+          unit<0, ROWS, kVecs>(x + u / 2 * ROWS * kChunk + u % 2 * kUnit, c.side + group * kSideGroup, lines, acc);
         }
       }
+      add_up<ROWS, kVecs>(acc, 1.0f, first, c.sums);
     }
   }
 };
