@@ -11,7 +11,6 @@ struct DotOp {
   static constexpr int64_t kUnit = 4, kBlock = 512, kSide = 1, kExpandedPanel = 2 * kPanel;
   static constexpr int kStreamAccumulators = 8;
   static constexpr bool kExpands = true, kScalesX = true;
-  static constexpr int64_t kValueColumns = 1 << 20;  // more than any K: one float a row
 
   static void prepare(const Job&, int64_t, int64_t, int64_t, const uint8_t*, char*) {}
 

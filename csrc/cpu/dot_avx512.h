@@ -10,7 +10,6 @@ struct DotOp {
   static constexpr int64_t kUnit = 4, kBlock = 512, kSide = kPanel;
   static constexpr int kStreamAccumulators = kMaxAccumulators;
   static constexpr bool kExpands = false, kScalesX = true;
-  static constexpr int64_t kValueColumns = 1 << 20;  // more than any K: one float a row
 
   static void prepare(const Job&, int64_t, int64_t, int64_t len, const uint8_t* line, int32_t* side) {
     const Int ones = _mm512_set1_epi8(1);

@@ -9,7 +9,6 @@ struct FloatOp {
   using Expanded = float;
   static constexpr int64_t kBlock = 256, kSumColumns = 64;
   static constexpr bool kExpands = true, kScalesX = false;
-  static constexpr int64_t kValueColumns = 0;
   static constexpr int64_t kExpandedPanel = kPanel;  // elements from a panel's expanded column to the next panel's
 
   template <Dtype T>

@@ -8,6 +8,7 @@
 #include "cpu/float_op.h"
 
 struct Int4Op : FloatOp {
+  static constexpr int64_t kGroupColumns = 32;  // the finest group
   using Side = float;  // for every 32 columns: 16 scales (times Nibbles::kScale), then 16 offsets
   static constexpr int64_t kUnit = 8, kSideGroup = 2 * kPanel, kSide = kBlock / kGroupColumns * kSideGroup;
   static constexpr int kStreamAccumulators = kLanes == 8 ? 4 : kMaxAccumulators;

@@ -64,7 +64,7 @@ struct Int8ScaledOp : DotOp {
     std::memcpy(&largest, &bits, 4);
     const bool finite = bits < kInfinity;
     const float scale = largest / 127.0f;
-    job.x_values[row] = finite ? scale : __builtin_nanf("");
+    job.x_scale[row] = finite ? scale : __builtin_nanf("");
     if (!finite || !(scale > 0)) {
       quantise<T, kZero>(x, job.k, 1.0f, target, stride);
     } else if (scale < kSmallestNormal) {

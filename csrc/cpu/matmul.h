@@ -63,15 +63,14 @@ struct Job {
   // Filled in by run(): x in blocks of rows, [M / rows_per_block][K / 16][rows of the block][16], zero-padded in K.
   int64_t rows_per_block = 0;
   char* packed = nullptr;
-  float* x_values = nullptr;  // [M][values_per_row]: x_scale, or sums of groups of columns
-  int64_t values_per_row = 0;
+  float* x_scale = nullptr;  // [M], where the kernels quantise x
 };
 
 // The compiled kernels of one op and instruction set.
 struct Kernels {
-  int64_t max_rows;       // the most rows of x in a block
-  int64_t x_bytes;        // bytes of an element of packed x
-  int64_t value_columns;  // pack() leaves a float for so many columns of a row in x_values; 0 if none
+  int64_t max_rows;  // the most rows of x in a block
+  int64_t x_bytes;   // bytes of an element of packed x
+  bool scales_x;     // pack() quantises x and fills in x_scale
   void (*pack)(const Job&, int64_t block0, int64_t block1);
   void (*matmul)(const Job&, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1);
 };
@@ -108,15 +107,14 @@ void parallel(int64_t count, int64_t operations, const F& f) {
 inline void run(const Kernels& kernels, Job job) {
   constexpr int64_t kScratchBytes = 4 << 20;
   const int64_t columns = ceil_div(job.k, kChunk) * kChunk, panels = ceil_div(job.n, kPanel);
-  if (kernels.value_columns > 0) job.values_per_row = std::max<int64_t>(1, ceil_div(job.k, kernels.value_columns));
-  const int64_t row_bytes = std::max<int64_t>(1, columns * kernels.x_bytes + job.values_per_row * sizeof(float));
+  const int64_t row_bytes = columns * kernels.x_bytes + sizeof(float);
   const int64_t most = std::max<int64_t>(kScratchBytes / row_bytes / kChunkRows * kChunkRows, 2 * kernels.max_rows);
   const int64_t total = job.m, x_row = job.k * bytes_of(job.x_dtype), y_row = job.n * bytes_of(job.x_dtype);
   if (total == 0 || job.n == 0) return;
   job.packed = scratch(std::min(most, total) * row_bytes);
   for (int64_t done = 0; done < total; done += job.m, job.x += job.m * x_row, job.y += job.m * y_row) {
     job.m = std::min(most, total - done);
-    job.x_values = reinterpret_cast<float*>(job.packed + job.m * columns * kernels.x_bytes);
+    if (kernels.scales_x) job.x_scale = reinterpret_cast<float*>(job.packed + job.m * columns * kernels.x_bytes);
     job.rows_per_block = ceil_div(job.m, ceil_div(job.m, kernels.max_rows));
     const int64_t blocks = ceil_div(job.m, job.rows_per_block);
     parallel(blocks, job.rows_per_block * columns, [&](int64_t begin, int64_t end) { kernels.pack(job, begin, end); });

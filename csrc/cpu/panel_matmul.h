@@ -12,7 +12,7 @@
 //   X, Acc, Expanded, Side   element types: packed x, sums, expanded weights, whatever a panel needs beside its lines
 //   kUnit, kBlock, kSide     columns in a unit of 4 bytes; columns a pass; Side elements for a panel and pass
 //   kExpands, kExpandedPanel whether there is expand() and tile(); elements from a panel's first to the next panel's
-//   kScalesX, kValueColumns  whether x_values are scales of rows; columns that an element of x_values stands for, or 0
+//   kScalesX                 whether pack_row quantises x and fills in x_scale
 //   kStreamAccumulators      the most accumulators of stream()
 //   pack_row, prepare        a row of x to the packed form; what a panel needs in Side for a pass
 //   expand, tile, stream     the work itself
@@ -23,7 +23,6 @@ constexpr bool tile_fits(int64_t rows, int64_t panels, int64_t most = kMaxAccumu
 }
 
 constexpr int64_t kMaxPanels = 4;
-constexpr int64_t kGroupColumns = 32;  // int4: the finest group, for which x_values holds a sum
 constexpr int64_t kTileChannels = kMaxAccumulators / (kMaxRows * kLineVecs) * kPanel;  // of an expanded tile
 
 // `count` units of a panel's 16 rows from `unit` on, in a panel's order: in place, or packed with 0 past the end.
@@ -98,9 +97,7 @@ void finish(const Job& job, int64_t row0, int64_t rows, int64_t column, int64_t 
 // One block of K for one block of rows.
 template <class Op>
 struct BlockCall {
-  const typename Op::X* x;  // [len / 16][rows][16]
-  const float* x_values;    // of row 0 and column 0 of the block; rows lie values_per_row apart
-  int64_t values_per_row;
+  const typename Op::X* x;                // [len / 16][rows][16]
   const uint8_t* const* lines;            // a pointer a panel
   const uint8_t* const* next;             // the lines of the block that comes next, to prefetch
   const typename Op::Side* side;          // [panels][kSide]
@@ -195,10 +192,8 @@ struct PanelMatmul {
           const int64_t rows = row1 - row < job.rows_per_block ? row1 - row : job.rows_per_block;
           const X* x = reinterpret_cast<const X*>(job.packed) + row * columns + k0 * rows;
           Acc* tile = sums + (row - row0) * channels;
-          const float* values = job.x_values + row * job.values_per_row + (Op::kScalesX ? 0 : k0 / kGroupColumns);
           dispatch(rows, panels,
-                   {x, values, job.values_per_row, lines, row == row0 ? next : lines, side,
-                    expands ? expanded : nullptr, len, k0 == 0, tile});
+                   {x, lines, row == row0 ? next : lines, side, expands ? expanded : nullptr, len, k0 == 0, tile});
           if (k0 + len == job.k) write(job, row, rows, column, channels, tile, scale, bias);
         }
         k0 += Op::kBlock;
@@ -225,7 +220,7 @@ struct PanelMatmul {
 
   static void write(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
                     const float* scale, const float* bias) {
-    const float* x_scales = Op::kScalesX ? job.x_values : nullptr;
+    const float* x_scales = job.x_scale;
     switch (job.x_dtype) {
       case Dtype::kFloat:
         return finish<Dtype::kFloat>(job, row, rows, column, channels, sums, x_scales, scale, bias);
@@ -259,5 +254,5 @@ struct PanelMatmul {
     }
   }
 
-  static constexpr Kernels kernels() { return {kMaxRows, sizeof(X), Op::kValueColumns, &pack, &matmul}; }
+  static constexpr Kernels kernels() { return {kMaxRows, sizeof(X), Op::kScalesX, &pack, &matmul}; }
 };
