@@ -13,6 +13,7 @@ from torch import nn
 
 import fastinfer
 from fastinfer.modules import QuantizedLinear
+from fastinfer.planning import model_bytes
 
 SENTENCES = Path(__file__).parent.parent / "data" / "sentences.txt"
 
@@ -45,17 +46,17 @@ def interleaved_medians(calls: Mapping[str, Callable[[], object]], rounds: int, 
 
 def megabytes(model: nn.Module) -> float:
     """All parameters and buffers, shared ones once."""
-    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values()) / 1e6
+    return model_bytes(model) / 1e6
 
 
-def linear_share(original: nn.Module, patched: nn.Module) -> float:
+def linear_share(patched: nn.Module) -> float:
     """Bytes of the replaced linears' weights, scales and zero points, as a share of the same weights in fp32."""
     held = floats = 0
     seen = set()
     for module in patched.modules():
         if isinstance(module, QuantizedLinear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            held += module.weight.nbytes + sum(getattr(module, name).nbytes for name in module.scales)
+            held += module.packed_bytes()
             floats += 4 * module.in_features * module.out_features
     return held / floats
 

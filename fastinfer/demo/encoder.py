@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict:
             "ms": times[name] * 1e3,
             "speedup": first / times[name],
             "megabytes": megabytes(model),
-            "linear_share": linear_share(models["original"], model) if name != "original" else 1.0,
+            "linear_share": linear_share(model) if name != "original" else 1.0,
             "cosine": (embeddings[name] * reference).sum(-1).mean().item(),
             "top1": (nearest(embeddings[name]) == nearest(reference)).float().mean().item(),
         }
