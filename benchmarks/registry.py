@@ -1,4 +1,4 @@
-"""What `run.py` times: one entry an op, with its shapes, a correctness check, its bytes and operations, and a peer."""
+"""What `run.py` times: one entry an op, with its shapes, a correctness check, its bytes and operations, and its peers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 
+import peers
 import torch
+from peers import Calls, Problem
 from torch import nn
 
 from fastinfer import ops
@@ -15,6 +17,20 @@ from fastinfer.ops.layout import ROW, convert, native_layout
 
 CPU_SHAPES = [(1, 640, 2048), (1, 262144, 640), (128, 384, 384), (1024, 384, 384), (1024, 1536, 384), (1024, 384, 1536)]
 CUDA_SHAPES = [(m, n, k) for n, k in [(28672, 4096), (4096, 14336), (4096, 4096)] for m in (1, 4, 16, 64, 256, 1024)]
+BARS_NK = [(28672, 4096), (4096, 14336), (4096, 4096), (2048, 2048)]
+BARS_M = (1, 4, 8, 16, 64, 256, 2048)
+ODD_NK = [
+    (11008, 4096),
+    (4096, 11008),
+    (3584, 18944),
+    (18944, 3584),
+    (896, 896),
+    (4864, 896),
+    (2560, 2560),
+    (4099, 4096),
+]
+ODD_M = (3, 7, 33, 129, 1000)
+PRESETS = ("default", "bars", "odd")
 GROUP = 128
 
 
@@ -22,45 +38,45 @@ GROUP = 128
 class Case:
     """One op at one shape. `calls` work on different weights each, so that together they outgrow every cache."""
 
-    calls: list[Callable[[], torch.Tensor]]
+    calls: Calls
     exact: Callable[[], torch.Tensor]
     plain: Callable[[], torch.Tensor]
     magnitude: Callable[[], float]
-    peers: dict[str, list[Callable[[], torch.Tensor]]]
+    peers: dict[str, Calls]
+    weight_bytes: int
     bytes: int
     operations: int
 
 
-def shapes(device: str) -> list[tuple[int, int, int]]:
-    return CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+def shapes(device: str, preset: str = "default") -> list[tuple[int, int, int]]:
+    """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones."""
+    if preset == "default":
+        return CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+    sizes, rows = (BARS_NK, BARS_M) if preset == "bars" else (ODD_NK, ODD_M)
+    return [(m, n, k) for n, k in sizes for m in rows]
 
 
 def default_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def _copies(weight_bytes: int, cache_bytes: int) -> int:
-    return max(2, cache_bytes // weight_bytes + 1)
+def _laid_out(op: str, packed: tuple, problem: Problem) -> tuple[list[torch.Tensor], str]:
+    """Packed weights, from row layout, as the device runs them, and the name of that layout."""
+    kind = {"int8_matmul": "w8a16", "int8_scaled_matmul": "w8a8", "int4_matmul": "w4a16"}[op]
+    layout = native_layout(torch.device(problem.device), kind, problem.n, problem.k, problem.dtype)
+    return [convert(t, ROW, layout) if t.dim() == 2 else t for t in packed], layout
 
 
-def _case(op: str, weights: list[tuple], m: int, n: int, k: int, dtype: torch.dtype, device: str, cache: int) -> Case:
-    """A case around packed weights in row layout; the peer is torch's linear on the dequantised weight."""
+def _case(op: str, weights: list[tuple], problem: Problem) -> Case:
+    """A case around packed weights in row layout, beside the op's peers."""
     module = importlib.import_module(f"fastinfer.ops.{op}")
-    x = torch.randn(m, k, device=device).to(dtype)
-    layout = native_layout(torch.device(device), weights[0][0].shape[1])
-
-    def laid_out(packed: tuple) -> list[torch.Tensor]:
-        return [convert(t, ROW, layout) if t.dim() == 2 else t for t in packed]
-
-    calls = [lambda p=p: getattr(ops, op)(x, *p, None, layout) for p in map(laid_out, weights)]
+    dtype, x = problem.dtype, problem.x()
+    arguments = [_laid_out(op, packed, problem) for packed in weights]
     int8 = importlib.import_module("fastinfer.ops.int8_matmul")
     weight = partial(getattr(module, "dequantize", int8.dequantize), *weights[0])
-    element = torch.finfo(dtype).bits // 8
-    floats = [torch.randn(n, k, device=device).to(dtype) for _ in range(_copies(n * k * element, cache))]
-    linear = f"torch {str(dtype).removeprefix('torch.')} linear"
-    packed_bytes = sum(t.nbytes for t in weights[0])
+    weight_bytes = sum(t.nbytes for t in arguments[0][0])
     return Case(
-        calls=calls,
+        calls=[partial(getattr(ops, op), x, *packed, None, layout) for packed, layout in arguments],
         exact=lambda: module.reference(x, *weights[0], dtype=torch.float64),
         plain=lambda: (
             module.reference(x, *weights[0])
@@ -68,48 +84,35 @@ def _case(op: str, weights: list[tuple], m: int, n: int, k: int, dtype: torch.dt
             else nn.functional.linear(x, weight(dtype=dtype))
         ),
         magnitude=lambda: (x.abs().float() @ weight(dtype=torch.float32).abs().T).max().item(),
-        peers={linear: [lambda w=w: nn.functional.linear(x, w) for w in floats]},
-        bytes=packed_bytes + element * m * (k + n),
-        operations=2 * m * n * k,
+        peers=peers.collect(peers.NAMES[op], problem),
+        weight_bytes=weight_bytes,
+        bytes=weight_bytes + x.element_size() * problem.m * (problem.k + problem.n),
+        operations=2 * problem.m * problem.n * problem.k,
     )
 
 
-def _int8(op: str) -> Callable[..., Case]:
-    def make(m: int, n: int, k: int, dtype: torch.dtype, device: str, cache: int) -> Case:
+def _int8(op: str) -> Callable[[Problem], Case]:
+    def make(problem: Problem) -> Case:
         def weight() -> tuple:
-            w = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-            return w, torch.rand(n, device=device) * 0.01
+            return problem.ints(problem.n, problem.k), torch.rand(problem.n, device=problem.device) * 0.01
 
-        return _case(op, [weight() for _ in range(_copies(n * k, cache))], m, n, k, dtype, device, cache)
+        return _case(op, [weight() for _ in problem.copies(problem.n * problem.k)], problem)
 
     return make
 
 
-def _int4(m: int, n: int, k: int, dtype: torch.dtype, device: str, cache: int) -> Case:
+def _int4(problem: Problem) -> Case:
+    n, k, device = problem.n, problem.k, problem.device
+
     def weight() -> tuple:
         w = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8, device=device)
         w_scale = torch.rand(n, k // GROUP, device=device).half() * 0.01
         return w, w_scale, torch.rand(n, k // GROUP, device=device).half() * 15
 
-    case = _case("int4_matmul", [weight() for _ in range(_copies(n * k // 2, cache))], m, n, k, dtype, device, cache)
-    if device != "cpu" and dtype == torch.bfloat16:
-        case.peers["tinygemm int4"] = _tinygemm(m, n, k, len(case.calls), device)
-    return case
+    return _case("int4_matmul", [weight() for _ in problem.copies(n * k // 2)], problem)
 
 
-def _tinygemm(m: int, n: int, k: int, copies: int, device: str) -> list[Callable[[], torch.Tensor]]:
-    """torch's own int4 kernel on random weights of the same shape and group size."""
-    x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    calls = []
-    for _ in range(copies):
-        q = torch.randint(0, 256, (n, k // 2), device=device, dtype=torch.int32).to(torch.uint8)
-        packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
-        scales = torch.rand(k // GROUP, n, 2, device=device, dtype=torch.bfloat16) * 0.01
-        calls.append(lambda p=packed, s=scales: torch.ops.aten._weight_int4pack_mm(x, p, GROUP, s))
-    return calls
-
-
-OPS: dict[str, Callable[..., Case]] = {
+OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
     "int4_matmul": _int4,

@@ -1,9 +1,19 @@
-"""Times our ops beside their peers, in one process. Refuses to time an op whose result is wrong.
+"""Times our ops beside their peers, in one process. Refuses to time an op whose result is wrong, and then exits with 1.
 
-python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--json FILE] [--threads N]
+python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--shapes default|bars|odd] [--m M ...] [--threads N]
+                         [--json FILE] [--plot FILE.png]
+python benchmarks/run.py --from-json FILE [--plot FILE.png]    prints and draws a saved run again
 
 On a GPU a call is the median of CUDA-graph replays, on the CPU of single calls; weights rotate so that together they
-outgrow the last-level cache.
+outgrow the last-level cache, and all data is random. Peers are those of `peers.py`; FASTINFER_PEERS names the folder of
+those that torch does not bring. --plot needs matplotlib (`pip install fastinfer[bench]`).
+
+A line before each N×K says what one packed copy of its weights holds, scales and zero points included. The columns:
+shape M×N×K; GB/s of what has to be read and written once (packed weights, x, y); `% of roofline`: the time that those
+bytes take at the read bandwidth, or the operations at the peak of a matmul (that of W8A8 in int8, else in the dtype of
+x), whichever is longer, over the time taken. Both are measured at the start: the bandwidth of a sum, and the fastest
+matmul there is, 8192³ on a GPU. `× peer` is the peer's time over ours, above 1 where ours is faster. At the end, the
+geometric means of the fastest peer of each row over ours.
 """
 
 from __future__ import annotations
@@ -11,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,19 +32,27 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
+import peers  # noqa: E402
 import registry  # noqa: E402
 import tolerance  # noqa: E402
 
 from fastinfer import _native  # noqa: E402
 
 CACHE_BYTES = {"cpu": 48 << 20, "cuda": 300 << 20}
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+WEIGHT_ONLY = {"int4 + W8A16": ("int4_matmul", "int8_matmul")}
+HEADER = (
+    f"{'op':<18} | {'shape':>15} | {'dtype':>5} | {'device':>6} | {'µs':>9} | {'GB/s':>5} | {'TFLOP/s':>7} | "
+    f"{'% of roofline':>13} | × peer (µs)"
+)
 
 
-def time_cpu(calls: list, seconds: float = 0.4) -> float:
+def time_cpu(calls: peers.Calls, seconds: float = 0.4) -> float:
     """Median microseconds of a call; the list is cycled through."""
     for call in calls:
         call()
-    times, index, end = [], 0, time.perf_counter() + seconds
+    times: list[float] = []
+    index, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
         calls[index % len(calls)]()
@@ -42,7 +61,7 @@ def time_cpu(calls: list, seconds: float = 0.4) -> float:
     return statistics.median(times) * 1e6
 
 
-def time_cuda(calls: list, repeats: int = 20) -> float:
+def time_cuda(calls: peers.Calls, repeats: int = 20) -> float:
     """Median microseconds of a call inside a CUDA graph that cycles through the list."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -65,66 +84,170 @@ def time_cuda(calls: list, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+TIMERS = {"cpu": time_cpu, "cuda": time_cuda}
+
+
 def read_bandwidth(device: str) -> float:
     """GB/s of a plain sum over memory that no cache holds."""
     x = torch.ones((256 << 20) if device == "cuda" else (64 << 20), device=device)
-    us = time_cuda([lambda: x.sum()]) if device == "cuda" else time_cpu([lambda: x.sum()])
-    return x.nbytes / us / 1e3
+    return x.nbytes / TIMERS[device]([lambda: x.sum()]) / 1e3
 
 
-def row(op: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str, bandwidth: float) -> dict:
-    case = registry.OPS[op](*shape, dtype, device, CACHE_BYTES[device])
-    out = case.calls[0]()
-    tolerance.assert_within(out, case.exact(), case.plain(), case.magnitude())
-    timer = time_cuda if device == "cuda" else time_cpu
+def peak_throughput(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """TFLOP/s of the fastest large matmul, in `dtype` ("float") and in int8 ("int8")."""
+    size, timer = PEAK_SIZE[device], TIMERS[device]
+    problem = peers.Problem(size, size, size, dtype, device, cache_bytes=0)
+    float_calls = list(peers.collect(peers.NAMES["int8_matmul"], problem).values())
+    if device == "cpu":  # oneDNN is slower on a transposed weight
+        a, b = problem.ints(size, size), problem.ints(size, size)
+        int8_calls: list[peers.Calls] = [[lambda: torch.ops.aten._int_mm(a, b)]]
+    else:
+        names = [name for name in peers.NAMES["int8_scaled_matmul"] if name != "linear"]
+        int8_calls = list(peers.collect(names, problem).values())
+    return {
+        kind: 2 * size**3 / min(map(timer, options)) / 1e6
+        for kind, options in (("float", float_calls), ("int8", int8_calls))
+    }
+
+
+def machine(device: str, dtype: torch.dtype) -> dict:
+    """What a saved run says of its machine: commit, versions, bandwidth and peaks."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "",
+        "torch": torch.__version__,
+        "backend": _native.describe(torch.device(device)),
+        "device": torch.cuda.get_device_name().removeprefix("NVIDIA ") if device == "cuda" else "cpu",
+        "dtype": peers.SHORT[dtype],
+        "gb_s": read_bandwidth(device),
+        "tflop_s": peak_throughput(device, dtype),
+    }
+
+
+def row(op: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str, head: dict) -> dict:
+    """One op at one shape, timed beside its peers. Raises AssertionError where its result is wrong."""
+    case = registry.OPS[op](peers.Problem(*shape, dtype, device, CACHE_BYTES[device]))
+    tolerance.assert_within(case.calls[0](), case.exact(), case.plain(), case.magnitude())
+    timer = TIMERS[device]
     us = timer(case.calls)
-    peers = {name: timer(calls) for name, calls in case.peers.items()}
+    peak = head["tflop_s"]["int8" if op == "int8_scaled_matmul" else "float"]
+    floor_us = max(case.bytes / head["gb_s"] / 1e3, case.operations / peak / 1e6)
     return {
         "op": op,
         "m": shape[0],
         "n": shape[1],
         "k": shape[2],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": peers.SHORT[dtype],
+        "device": head["device"],
         "us": us,
+        "weight_bytes": case.weight_bytes,
+        "bytes": case.bytes,
+        "operations": case.operations,
         "gb_s": case.bytes / us / 1e3,
         "tflop_s": case.operations / us / 1e6,
-        "of_bandwidth": case.bytes / us / 1e3 / bandwidth,
-        "peers_us": peers,
+        "of_roofline": floor_us / us,
+        "peers_us": {name: timer(calls) for name, calls in case.peers.items()},
     }
 
 
-def main() -> int:
+def print_head(head: dict) -> None:
+    peak = head["tflop_s"]
+    print(f"{head['backend']}, torch {head['torch']}, commit {head['commit'][:10] or 'unknown'}")
+    print(
+        f"{head['device']}: read bandwidth {head['gb_s']:.0f} GB/s, peak {head['dtype']} {peak['float']:.2f} TFLOP/s, "
+        f"int8 {peak['int8']:.2f} TOP/s"
+    )
+    print(HEADER, flush=True)
+
+
+def print_row(r: dict, before: dict | None) -> None:
+    """The row's line; a line on its weights first where those of the row before differ."""
+    if before is None or any(r[key] != before[key] for key in ("op", "n", "k")):
+        bits = 8 * r["weight_bytes"] / (r["n"] * r["k"])
+        print(f"{r['op']} {r['n']}×{r['k']}: packed weights {r['weight_bytes']:,} bytes, {bits:.2f} bits a weight")
+    beside = "  ".join(f"{us / r['us']:.2f} × {name} ({us:.1f})" for name, us in r["peers_us"].items())
+    shape = f"{r['m']}×{r['n']}×{r['k']}"
+    print(
+        f"{r['op']:<18} | {shape:>15} | {r['dtype']:>5} | {r['device']:>6} | {r['us']:>9.1f} | {r['gb_s']:>5.0f} | "
+        f"{r['tflop_s']:>7.2f} | {r['of_roofline']:>13.0%} | {beside}",
+        flush=True,
+    )
+
+
+def print_means(rows: list[dict]) -> None:
+    """The geometric mean of fastest peer / ours for each op and for the weight-only ops together, and the worst row."""
+    named = {op: (op,) for op in dict.fromkeys(r["op"] for r in rows)} | WEIGHT_ONLY
+    print("geometric mean of the fastest peer's time over ours:")
+    for name, members in named.items():
+        ratios = {
+            (r["op"], r["m"], r["n"], r["k"]): min(r["peers_us"].values()) / r["us"]
+            for r in rows
+            if r["op"] in members and r["peers_us"]
+        }
+        if not ratios or len({key[0] for key in ratios}) < len(members):
+            continue
+        mean, worst = math.exp(statistics.fmean(map(math.log, ratios.values()))), min(ratios, key=ratios.__getitem__)
+        at = f"{worst[0]} {worst[1]}×{worst[2]}×{worst[3]}"
+        print(f"  {name:<18} {mean:.2f} ×  ({len(ratios)} rows, worst {ratios[worst]:.2f} × at {at})")
+
+
+def measure(args: argparse.Namespace, rows: list[dict], head: dict) -> int:
+    """Appends a row to `rows` for every op and shape asked for; returns how many were wrong."""
+    dtype, wrong = registry.default_dtype(args.device), 0
+    for op in args.op:
+        for shape in registry.shapes(args.device, args.shapes):
+            if args.m and shape[0] not in args.m:
+                continue
+            try:
+                r = row(op, shape, dtype, args.device, head)
+            except AssertionError as error:
+                wrong += 1
+                print(f"{op} {'×'.join(map(str, shape))}: WRONG, not timed: {error}", flush=True)
+                continue
+            print_row(r, rows[-1] if rows else None)
+            rows.append(r)
+    return wrong
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="*", choices=registry.OPS, default=list(registry.OPS))
     parser.add_argument("--device", choices=CACHE_BYTES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", choices=registry.PRESETS, default="default")
+    parser.add_argument("--m", nargs="*", type=int, help="only the rows with one of these M")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--from-json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    if args.plot:
+        import plot  # before anything is timed: matplotlib may be missing
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dtype, device = registry.default_dtype(args.device), torch.device(args.device)
-    bandwidth = read_bandwidth(args.device)
-    print(f"{_native.describe(device)}, torch {torch.__version__}, read bandwidth {bandwidth:.0f} GB/s")
-    print(f"{'op':<20}{'M':>6}{'N':>8}{'K':>7}{'µs':>10}{'GB/s':>8}{'TFLOP/s':>9}{'of bw':>7}  × peer (µs)")
-    rows, ratios = [], []
-    for op in args.op:
-        for shape in registry.shapes(args.device):
-            r = row(op, shape, dtype, args.device, bandwidth)
-            rows.append(r)
-            ratios += [us / r["us"] for us in r["peers_us"].values()]
-            peers = "  ".join(f"{us / r['us']:.2f} × {name} ({us:.1f})" for name, us in r["peers_us"].items())
-            print(
-                f"{op:<20}{r['m']:>6}{r['n']:>8}{r['k']:>7}{r['us']:>10.1f}{r['gb_s']:>8.0f}{r['tflop_s']:>9.2f}"
-                f"{r['of_bandwidth']:>7.0%}  {peers}",
-                flush=True,
-            )
-    print(f"geometric mean against peers: {math.exp(statistics.fmean(map(math.log, ratios))):.2f} ×")
-    if args.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        head = {"commit": commit, "torch": torch.__version__, "device": _native.describe(device), "gb_s": bandwidth}
-        args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    return 0
+    wrong, rows = 0, []
+    if args.from_json:
+        saved = json.loads(args.from_json.read_text())
+        head, rows = {key: value for key, value in saved.items() if key != "rows"}, saved["rows"]
+        print_head(head)
+        for before, r in zip([None, *rows], rows):
+            print_row(r, before)
+    else:
+        head = machine(args.device, registry.default_dtype(args.device))
+        print_head(head)
+        try:
+            wrong = measure(args, rows, head)
+        finally:
+            if args.json:
+                args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    print_means(rows)
+    if args.plot:
+        plot.roofline(head, rows, args.plot)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

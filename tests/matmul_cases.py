@@ -6,11 +6,33 @@ import tolerance
 import torch
 from torch import nn
 
+from fastinfer.ops.layout import PANEL16, ROW, native_layout
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # M, N: none, one, odd, one past a tile, a real model's
 ROWS_COLUMNS = [(0, 32), (1, 1), (1, 16), (1, 384), (2, 33), (3, 100), (5, 17), (8, 64), (9, 48), (17, 257), (33, 130)]
 ROWS_COLUMNS += [(65, 96), (129, 384)]
 REAL_SHAPES = [(1, 2048, 2048), (16, 1536, 384), (128, 384, 1536), (7, 30522, 384), (1, 4096, 14336)]
+
+# for the tile layouts: N in multiples of 16, K of 128; every kernel shape, its splits of K, partly filled tiles
+TILE_SHAPES = [
+    (1, 16, 128),
+    (1, 48, 2048),
+    (2, 4096, 256),
+    (8, 272, 896),
+    (9, 16, 384),
+    (16, 1040, 1024),
+    (16, 64, 14336),
+]
+TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), (129, 256, 384), (300, 1040, 2048)]
+TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
+
+
+def layouts(kind: str, w: torch.Tensor, k: int, dtype: torch.dtype) -> list[str]:
+    """The layouts that kernels for w's device take for a weight [N, k] of `kind`, beside x in `dtype`."""
+    if w.device.type == "cpu":
+        return [ROW, PANEL16] if w.shape[1] % 4 == 0 else [ROW]
+    return sorted({ROW, native_layout(w.device, kind, w.shape[0], k, dtype)})
 
 
 def activations(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:

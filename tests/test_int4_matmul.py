@@ -4,10 +4,19 @@ import importlib
 
 import pytest
 import torch
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, activations, check_float_matmul, inside_nan
+from matmul_cases import (
+    DTYPES,
+    REAL_SHAPES,
+    ROWS_COLUMNS,
+    TILE_SHAPES,
+    activations,
+    check_float_matmul,
+    inside_nan,
+    layouts,
+)
 
 from fastinfer.ops import int4_matmul
-from fastinfer.ops.layout import LAYOUTS, ROW, convert
+from fastinfer.ops.layout import ROW, TILE_W4A16, convert, native_layout
 
 op = importlib.import_module("fastinfer.ops.int4_matmul")
 
@@ -22,7 +31,8 @@ def make(m, n, k, g, dtype, device, bias=True, scale_dtype=torch.float16):
 
 def check(x, w, w_scale, w_zero, bias):
     weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
-    for layout in LAYOUTS if w.device.type == "cpu" else (ROW,):
+    k = 2 * w.shape[1]
+    for layout in layouts("w4a16", w, k, w_scale.dtype):  # the tile layout takes 16-bit scales
         packed = [convert(t, ROW, layout) for t in (w, w_scale, w_zero)]
         check_float_matmul(int4_matmul(x, *packed, bias, layout), x, weight, bias)
 
@@ -38,6 +48,41 @@ def test_matches_fp64(m, n, k, g, dtype, device, native, poisoned):
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
 def test_matches_fp64_on_real_shapes(m, n, k, g, device, native, poisoned):
     check(*make(m, n, k, g, torch.bfloat16, device, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("g", [32, 64, 128])
+@pytest.mark.parametrize(("m", "n", "k"), TILE_SHAPES)
+def test_tile_layout_matches_fp64(m, n, k, g, scale_dtype, dtype, device, native, poisoned):
+    if native_layout(torch.device(device), "w4a16", n, k, torch.bfloat16) != TILE_W4A16:
+        pytest.skip("no tile kernels for this device")
+    x, w, w_scale, w_zero, bias = make(m, n, k, g, dtype, device, scale_dtype=scale_dtype)
+    packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
+    weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
+    check_float_matmul(int4_matmul(x, *packed, bias, TILE_W4A16), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
+def test_tile_layout_takes_zero_points_far_from_the_range(m, dtype, device, native):
+    if native_layout(torch.device(device), "w4a16", 64, 256, torch.bfloat16) != TILE_W4A16:
+        pytest.skip("no tile kernels for this device")
+    x, w, w_scale, w_zero, bias = make(m, 64, 256, 64, dtype, device)
+    w_zero = (torch.rand_like(w_zero) - 0.5) * 600
+    packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
+    weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
+    check_float_matmul(int4_matmul(x, *packed, bias, TILE_W4A16), x, weight, bias)
+
+
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
+def test_tile_layout_repeats_bit_for_bit(m, device, native):
+    if native_layout(torch.device(device), "w4a16", 512, 4096, torch.bfloat16) != TILE_W4A16:
+        pytest.skip("no tile kernels for this device")
+    x, *packed, bias = make(m, 512, 4096, 128, torch.bfloat16, device)
+    packed = [convert(t, ROW, TILE_W4A16) for t in packed]
+    first = int4_matmul(x, *packed, bias, TILE_W4A16)
+    assert all(torch.equal(first, int4_matmul(x, *packed, bias, TILE_W4A16)) for _ in range(1000))
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)

@@ -2,12 +2,13 @@
 
 import importlib
 
+import matmul_cases
 import pytest
 import torch
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, activations, check_float_matmul, inside_nan
+from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, TILE_SHAPES, activations, check_float_matmul, inside_nan
 
 from fastinfer.ops import int8_matmul
-from fastinfer.ops.layout import LAYOUTS, ROW, convert
+from fastinfer.ops.layout import ROW, convert
 
 op = importlib.import_module("fastinfer.ops.int8_matmul")
 
@@ -19,9 +20,9 @@ def make(m, n, k, dtype, device, bias=True):
     return activations(m, k, dtype=dtype, device=device), w, w_scale, b
 
 
-def layouts(w):
+def layouts(w, kind="w8a16"):
     """The layouts that kernels for w's device take, with w in each."""
-    names = LAYOUTS if w.device.type == "cpu" and w.shape[1] % 4 == 0 else (ROW,)
+    names = matmul_cases.layouts(kind, w, w.shape[1], torch.bfloat16)
     return [(name, convert(w, ROW, name)) for name in names]
 
 
@@ -35,6 +36,12 @@ def check(x, w, w_scale, bias):
 @pytest.mark.parametrize("k", [1, 4, 30, 64, 100, 384])
 @pytest.mark.parametrize(("m", "n"), ROWS_COLUMNS)
 def test_matches_fp64(m, n, k, dtype, device, native, poisoned):
+    check(*make(m, n, k, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), TILE_SHAPES)
+def test_matches_fp64_on_tile_shapes(m, n, k, dtype, device, native, poisoned):
     check(*make(m, n, k, dtype, device))
 
 

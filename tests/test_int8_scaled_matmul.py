@@ -5,13 +5,18 @@ import importlib
 import pytest
 import tolerance
 import torch
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, inside_nan
-from test_int8_matmul import layouts, make
+from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, TILE_SHAPES, inside_nan
+from test_int8_matmul import layouts as layouts_of
+from test_int8_matmul import make
 
 from fastinfer.ops import int8_scaled_matmul
 from fastinfer.ops.layout import ROW
 
 op = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
+
+
+def layouts(w):
+    return layouts_of(w, "w8a8")
 
 
 def check(x, w, w_scale, bias):
@@ -28,12 +33,20 @@ def test_matches_fp64(m, n, k, dtype, device, native, poisoned):
     check(*make(m, n, k, dtype, device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), TILE_SHAPES)
+def test_matches_fp64_on_tile_shapes(m, n, k, dtype, device, native, poisoned):
+    check(*make(m, n, k, dtype, device))
+
+
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
 def test_matches_fp64_on_real_shapes(m, n, k, device, native, poisoned):
     check(*make(m, n, k, torch.bfloat16, device, bias=False))
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 64), (7, 33, 100), (50, 130, 384), (64, 16, 1030)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 40, 64), (7, 33, 100), (50, 130, 384), (64, 16, 1030), (5, 64, 256), (90, 80, 384)]
+)
 def test_integer_stage_is_exact(m, n, k, device, native):
     """Whole x with maximum 127 has scale 1, so the output is the sum of integer products itself."""
     x = torch.randint(-127, 128, (m, k), device=device).float()

@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastinfer.modules import Int4Linear, Int8Embedding, Int8Linear, StateDictError
-from fastinfer.ops.layout import LAYOUTS, ROW, convert, gather_rows
+from fastinfer.ops.int4_matmul import unpack
+from fastinfer.ops.layout import ROW, convert, gather_rows
 
 KINDS = {
     "int8": lambda m: Int8Linear.from_float(m),
@@ -189,9 +190,52 @@ def test_panel16_is_what_layouts_md_says():
     assert torch.equal(flat[32 * 24 :], w[32:].flatten())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Where the layouts put q(n, k), as csrc/LAYOUTS.md says: a piece of 16 bytes, and nibble or byte in it.
+TILE_PLACES = {
+    "tile_w4a16": lambda n, k, row: (
+        n // 16 * 16 * row + k // 64 * 1024 + (n % 8 * 4 + k % 8 // 2) * 32 + k % 64 // 16 * 8,
+        4 * (k % 2) + 2 * (k % 16 // 8) + n % 16 // 8,
+    ),
+    "tile_w8a16": lambda n, k, row: (
+        n // 16 * 16 * row + k // 32 * 512 + (n % 8 * 4 + k % 8 // 2) * 16 + k % 32 // 16 * 8,
+        4 * (k % 16 // 8) + 2 * (k % 2) + n % 16 // 8,
+    ),
+    "tile_w8a8": lambda n, k, row: (
+        n // 16 * 16 * row + k // 32 * 512 + (n % 8 * 4 + k % 16 // 4) * 16,
+        8 * (k % 32 // 16) + 4 * (n % 16 // 8) + k % 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", TILE_PLACES)
+def test_tile_layouts_are_what_layouts_md_says(layout):
+    int4 = layout == "tile_w4a16"
+    w = torch.randint(-128, 128, (48, 128 if int4 else 256), dtype=torch.int8)
+    tiles = convert(w, "row", layout)
+    assert tiles.shape == w.shape and torch.equal(convert(tiles, layout, "row"), w)
+    flat, rows = (unpack(tiles).view(-1), unpack(w)) if int4 else (tiles.view(-1), w)
+    for n, k in [(0, 0), (5, 3), (15, 23), (16, 40), (31, 255), (47, 130), (9, 77)]:
+        assert flat[sum(TILE_PLACES[layout](n, k, 256))] == rows[n, k]
+
+
+def test_tile_scales_are_what_layouts_md_says():
+    scale = torch.randn(48, 5)
+    flat = convert(scale, "row", "tile_w4a16").view(-1)
+    for n, group in [(0, 0), (5, 3), (15, 4), (16, 1), (47, 2)]:
+        assert flat[n // 16 * 16 * 5 + group * 16 + n % 8 * 2 + n % 16 // 8] == scale[n, group]
+    assert torch.equal(convert(convert(scale, "row", "tile_w4a16"), "tile_w4a16", "row"), scale)
+
+
+def test_tile_layouts_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        convert(torch.zeros(24, 128, dtype=torch.int8), "row", "tile_w8a16")
+    with pytest.raises(ValueError, match="columns of 128"):
+        convert(torch.zeros(32, 96, dtype=torch.int8), "row", "tile_w8a8")
+
+
+@pytest.mark.parametrize("layout", ["row", "panel16", "tile_w8a16", "tile_w8a8"])
 def test_gather_rows(layout):
-    w = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
+    w = torch.randint(-128, 128, (48, 128), dtype=torch.int8)
     ids = torch.tensor([[0, 39, 31], [32, 5, 16]])
     assert torch.equal(gather_rows(convert(w, "row", layout), ids, layout), w[ids])
 

@@ -7,8 +7,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <array>
+#include <map>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -108,17 +111,19 @@ inline const DeviceLimits& device_limits(int device) {
 class LaunchContext {
  public:
   LaunchContext(const char* op, const Tensor& x)
-      : guard_(x.get_device_index()), limits_(device_limits(x.get_device_index())) {
+      : device_(x.get_device_index()), guard_(device_), limits_(device_limits(device_)) {
     FASTINFER_CHECK(op, limits_.capability >= 80, "needs a GPU of compute capability 8.0 or newer, this one has ",
                     limits_.capability / 10, ".", limits_.capability % 10);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
+  int device() const { return device_; }
   const DeviceLimits& limits() const { return limits_; }
 
  private:
+  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   const DeviceLimits& limits_;
   cudaStream_t stream_ = nullptr;
@@ -160,6 +165,80 @@ inline const void* data_or_null(const std::optional<Tensor>& t) {
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+}
+
+// ---- launches of compute capability 9.0 -------------------------------------------------------------------------------
+
+// A launch with clusters of `ranks` blocks; `dependent` lets it start before the previous kernel of the stream has finished.
+template <typename Args>
+void launch_hopper(const char* op, void (*kernel)(Args), int64_t blocks, int threads, int ranks, int smem_bytes,
+                   bool dependent, const Args& args, const LaunchContext& context) {
+  FASTINFER_CHECK(op, blocks > 0 && blocks < (int64_t(1) << 31), "the matrices are too large: ", blocks, " blocks");
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = context.stream();
+  config.attrs = attributes;
+  config.numAttrs = dependent ? 2 : 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+  FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+}
+
+// ---- launches of compute capability 9.0 -------------------------------------------------------------------------------
+
+struct LaunchConfig {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+};
+
+// Clusters of `ranks` blocks; `dependent` lets the kernel start before the previous one of the stream has finished.
+inline void configure(LaunchConfig& out, int64_t blocks, int threads, int ranks, int smem_bytes, bool dependent,
+                      cudaStream_t stream) {
+  out.attributes[0].id = cudaLaunchAttributeClusterDimension;
+  out.attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  out.attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  out.attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  out.config.gridDim = dim3(static_cast<unsigned>(blocks));
+  out.config.blockDim = dim3(threads);
+  out.config.dynamicSmemBytes = smem_bytes;
+  out.config.stream = stream;
+  out.config.attrs = out.attributes;
+  out.config.numAttrs = dependent ? 2 : 1;
+}
+
+template <typename Args>
+void launch_clusters(const char* op, void (*kernel)(Args), int64_t blocks, int threads, int ranks, int smem_bytes,
+                     bool dependent, const Args& args, const LaunchContext& context) {
+  FASTINFER_CHECK(op, blocks > 0 && blocks < (int64_t(1) << 31), "the matrices are too large: ", blocks, " blocks");
+  LaunchConfig launch;
+  configure(launch, blocks, threads, ranks, smem_bytes, dependent, context.stream());
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, args);
+  FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+}
+
+// How many clusters of the kernel run at once with one block a multiprocessor; some of them fit no whole cluster.
+template <typename Args>
+int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context) {
+  const int limit = context.limits().multiprocessors / ranks;
+  if (ranks <= 2) return limit;
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int>, int> known;  // of kernel, device, ranks, shared memory
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& count = known[{reinterpret_cast<const void*>(kernel), context.device(), ranks, smem_bytes}];
+  if (count == 0) {
+    LaunchConfig launch;
+    configure(launch, ranks, threads, ranks, smem_bytes, false, nullptr);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
+    count = std::max(1, std::min(count, limit));
+  }
+  return count;
 }
 
 }  // namespace fastinfer

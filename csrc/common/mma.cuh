@@ -132,6 +132,29 @@ __device__ __forceinline__ void int8x4_to_pairs<__nv_bfloat16>(uint32_t w, uint3
   }
 }
 
+// Four int8 b0 … b3 to the pairs (b0, b2) and (b1, b3), which take no permutation; exact.
+template <typename T>
+__device__ __forceinline__ void int8x4_to_interleaved_pairs(uint32_t w, uint32_t& first, uint32_t& second);
+
+template <>
+__device__ __forceinline__ void int8x4_to_interleaved_pairs<__half>(uint32_t w, uint32_t& first, uint32_t& second) {
+  w ^= 0x80808080;
+  const __half2 offset = as_half2(0x64806480);
+  first = bits(__hsub2(as_half2(__byte_perm(w, 0x64646464, 0x4240)), offset));
+  second = bits(__hsub2(as_half2(__byte_perm(w, 0x64646464, 0x4341)), offset));
+}
+template <>
+__device__ __forceinline__ void int8x4_to_interleaved_pairs<__nv_bfloat16>(uint32_t w, uint32_t& first,
+                                                                           uint32_t& second) {
+  const auto pair = [](uint32_t v) {  // as in int8x4_to_pairs
+    const uint32_t low = lop3<kAndOr>(v, 0x007F007F, 0x43004300);
+    const uint32_t sign = lop3<kAndOr>(v, 0x00800080, 0x43004300);
+    return bits(__hsub2(as_bfloat162(low), as_bfloat162(sign)));
+  };
+  first = pair(w);
+  second = pair(w >> 8);
+}
+
 // Eight 4-bit q0 … q7 (q0 lowest) to four pairs: out[i] = (q_i, q_(i+4)) + kInt4Offset<T>; exact.
 // In bf16 the offset stays in: the caller takes offset · Σx away together with the zero point, in fp32.
 template <typename T>

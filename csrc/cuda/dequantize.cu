@@ -82,6 +82,67 @@ Tensor dequantize_int4(const char* op, const Tensor& w, const Tensor& w_scale, c
   return out;
 }
 
+// A thread unpacks the 16 bytes of one lane (LAYOUTS.md#tile-w4a16, #tile-w8a16): pairs of neighbours in two rows.
+__global__ void dequantize_int4_tiles_kernel(const uint4* w, const void* w_scale, const void* w_zero,
+                                             Element scale_type, float* out, int64_t pieces, int blocks, int groups) {
+  const int64_t piece = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (piece >= pieces) return;
+  const int lane = piece % 32, g = lane / 4, t = lane % 4, block = piece / 32 % blocks, k = 64 * blocks;
+  const int64_t tile = piece / 32 / blocks;
+  const uint4 v = w[piece];
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 16; ++i) {
+    const int step = i / 4, column = 64 * block + 16 * step + 8 * (i / 2 % 2) + 2 * t, group = column / (k / groups);
+    const int64_t at = (tile * groups + group) * 16 + 2 * g + i % 2;
+    const float scale = load_float(w_scale, scale_type, at), zero = load_float(w_zero, scale_type, at);
+    const uint32_t low = words[step] >> (4 * (i % 4)) & 15, high = words[step] >> (4 * (i % 4) + 16) & 15;
+    const float2 values{(static_cast<float>(low) - zero) * scale, (static_cast<float>(high) - zero) * scale};
+    *reinterpret_cast<float2*>(out + (tile * 16 + g + 8 * (i % 2)) * k + column) = values;
+  }
+}
+
+__global__ void dequantize_int8_tiles_kernel(const uint4* w, const float* w_scale, float* out, int64_t pieces,
+                                             int blocks) {
+  const int64_t piece = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (piece >= pieces) return;
+  const int lane = piece % 32, g = lane / 4, t = lane % 4, block = piece / 32 % blocks, k = 32 * blocks;
+  const int64_t tile = piece / 32 / blocks;
+  const uint4 v = w[piece];
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 8; ++i) {
+    const int64_t row = tile * 16 + g + 8 * (i % 2);
+    const int column = 32 * block + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * t;
+    const float low = static_cast<int8_t>(words[i / 2] >> (8 * (i % 2)));
+    const float high = static_cast<int8_t>(words[i / 2] >> (8 * (i % 2) + 16));
+    *reinterpret_cast<float2*>(out + row * k + column) = {low * w_scale[row], high * w_scale[row]};
+  }
+}
+
+Tensor dequantize_int4_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero,
+                             const Tensor& x, const LaunchContext& context) {
+  constexpr int kThreads = 128;
+  const int64_t n = w.size(0), k = 2 * w.size(1), pieces = n * k / 32;
+  Tensor out = torch::stable::new_empty(x, {n, k});
+  dequantize_int4_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
+      static_cast<const uint4*>(w.const_data_ptr()), w_scale.const_data_ptr(), w_zero.const_data_ptr(),
+      element_of(w_scale.scalar_type()), static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 64),
+      static_cast<int>(w_scale.size(1)));
+  check_launch(op);
+  return out;
+}
+
+Tensor dequantize_int8_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& x,
+                             const LaunchContext& context) {
+  constexpr int kThreads = 128;
+  const int64_t n = w.size(0), k = w.size(1), pieces = n * k / 16;
+  Tensor out = torch::stable::new_empty(x, {n, k});
+  dequantize_int8_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
+      static_cast<const uint4*>(w.const_data_ptr()), static_cast<const float*>(w_scale.const_data_ptr()),
+      static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 32));
+  check_launch(op);
+  return out;
+}
+
 Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
   std::optional<Tensor> b = bias;
   if (b.has_value() && b->scalar_type() != x.scalar_type()) b = torch::stable::to(*b, x.scalar_type());

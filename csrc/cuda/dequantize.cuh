@@ -14,6 +14,12 @@ Tensor dequantize_int8(const char* op, const Tensor& w, const Tensor& w_scale, c
 Tensor dequantize_int4(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero, const Tensor& x,
                        const LaunchContext& context);
 
+// The same from the layouts tile_w4a16 and tile_w8a16; x is fp32.
+Tensor dequantize_int8_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& x,
+                             const LaunchContext& context);
+Tensor dequantize_int4_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero,
+                             const Tensor& x, const LaunchContext& context);
+
 // y = x · wᵀ + bias by torch.
 Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias);
 

@@ -1,8 +1,8 @@
 // int8_matmul: y[M,N] = x[M,K] · (w[N,K] · w_scale[N])ᵀ + bias[N], int8 weights, fp32 accumulation
 // Source    own; the kernel is matmul_tile.cuh, its int8-to-half conversion is named in common/mma.cuh
-// Layout    LAYOUTS.md#int8-row
+// Layout    LAYOUTS.md#int8-row, #tile-w8a16
 // Requires  sm80+; rows whose length is no multiple of 16 are copied into aligned memory first
-// Mapping   few rows: matmul_tile (fp32 x up to 8: gemv_fp32); else dequantise + torch's linear
+// Mapping   tile layout: tile_matmul.cuh. Row layout, few rows: matmul_tile (fp32 x up to 8: gemv_fp32); else dequantise + torch's linear
 // Bound     memory below M ≈ 100: N·K bytes
 // Verified  tests/test_int8_matmul.py
 
@@ -10,19 +10,43 @@
 #include "cuda/dequantize.cuh"
 #include "cuda/gemv_fp32.cuh"
 #include "cuda/matmul_tile.cuh"
+#include "cuda/tile_matmul.cuh"
 
 namespace fastinfer {
 
 constexpr int64_t kInt8DenseRows = 192;  // from here on dequantising and cuBLAS win, measured on an H200
 
+// w [N, K] in the layout tile_w8a16.
+static Tensor int8_matmul_tiles(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                                const std::optional<Tensor>& bias, const MatmulShape& shape, const std::string& layout,
+                                const LaunchContext& context) {
+  check_tile_layout(op, shape, layout, context);
+  FASTINFER_CHECK(op, is_aligned16(w), "w must start on a 16-byte boundary in layout \"", layout, "\"");
+  if (x.scalar_type() == ScalarType::Float) {
+    return dense_linear(x, dequantize_int8_tiles(op, w, w_scale, x, context), bias);
+  }
+  const Tensor y = empty_output(x, shape.n), rows_x = aligned_rows(as_matrix(x, shape), 1);
+  TileProblem p{op, rows_x, w.const_data_ptr()};
+  p.epilogue = tile_epilogue(y, shape, bias);
+  p.epilogue.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
+  p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
+  if (x.scalar_type() == ScalarType::Half) {
+    run_tile_matmul<Int8Decode<__half>, Int8Wgmma<__half>, __half>(p, context);
+  } else {
+    run_tile_matmul<Int8Decode<__nv_bfloat16>, Int8Wgmma<__nv_bfloat16>, __nv_bfloat16>(p, context);
+  }
+  return y;
+}
+
 Tensor int8_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w_scale, const std::optional<Tensor>& bias,
                         std::string layout) {
   constexpr const char* op = "int8_matmul";
   const MatmulShape shape = check_int8_matmul(op, x, w, w_scale, bias);
-  check_cuda_layout(op, layout);
+  check_cuda_layout(op, layout, "tile_w8a16");
   const LaunchContext context(op, x);
   const bool fp32 = x.scalar_type() == ScalarType::Float;
   if (shape.m == 0 || shape.n == 0) return empty_output(x, shape.n);
+  if (layout != "row") return int8_matmul_tiles(op, x, w, w_scale, bias, shape, layout, context);
   if (shape.m >= kInt8DenseRows || (fp32 && shape.m > 8)) {
     return dense_linear(x, dequantize_int8(op, w, w_scale, x, context), bias);
   }

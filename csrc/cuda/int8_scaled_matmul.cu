@@ -1,14 +1,15 @@
 // int8_scaled_matmul: y[M,N] = q(x)[M,K] · w[N,K]ᵀ · x_scale[M] · w_scale[N] + bias[N], exact int32 accumulation
 // Source    per-token activation scales as in Dettmers et al., "LLM.int8()", arXiv 2208.07339, section 2.1, without outliers
-// Layout    LAYOUTS.md#int8-row
+// Layout    LAYOUTS.md#int8-row, #tile-w8a8
 // Requires  sm80+, K ≤ 131072 (int32 sums); rows whose length is no multiple of 16 are copied into aligned memory first
-// Mapping   quantize_rows: a block a row, two passes; then few rows: matmul_tile; many rows: cuBLAS's int8 matmul and a
+// Mapping   quantize_rows: a block a row, two passes; then, tile layout: tile_matmul.cuh; row layout, few rows: matmul_tile; many rows: cuBLAS's int8 matmul and a
 //           kernel for the scales
 // Bound     memory below M ≈ 200: N·K bytes
 // Verified  tests/test_int8_scaled_matmul.py
 
 #include "common/matmul_checks.h"
 #include "cuda/matmul_tile.cuh"
+#include "cuda/tile_matmul.cuh"
 
 namespace fastinfer {
 
@@ -100,7 +101,7 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
                                const std::optional<Tensor>& bias, std::string layout) {
   constexpr const char* op = "int8_scaled_matmul";
   const MatmulShape shape = check_int8_matmul(op, x, w, w_scale, bias);
-  check_cuda_layout(op, layout);
+  check_cuda_layout(op, layout, "tile_w8a8");
   FASTINFER_CHECK(op, shape.k <= 131072, "K must be at most 131072 for exact int32 sums, got ", shape.k);
   const LaunchContext context(op, x);
   Tensor y = empty_output(x, shape.n);
@@ -120,6 +121,18 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
         static_cast<float*>(x_scale.mutable_data_ptr()), shape.k, padded_k);
   });
   check_launch(op);
+
+  if (layout != "row") {
+    check_tile_layout(op, shape, layout, context);
+    TileProblem p{op, q, rows_w.const_data_ptr()};
+    p.epilogue = tile_epilogue(y, shape, bias);
+    p.epilogue.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
+    p.epilogue.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
+    p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
+    dispatch_float(x.scalar_type(),
+                   [&](auto zero) { run_tile_matmul<Int8x8Decode, Int8x8Wgmma, decltype(zero)>(p, context); });
+    return y;
+  }
 
   TileArgs args = matmul_args(op, q, rows_w, w_scale, bias, y, shape);
   args.x_scale = static_cast<const float*>(x_scale.const_data_ptr());

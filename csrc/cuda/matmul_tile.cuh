@@ -420,9 +420,10 @@ __global__ void __launch_bounds__(32 * kRowWarps * kSlices, kResident)
 
 // ---- launch -------------------------------------------------------------------------------------------------------------
 
-// The layouts a later tuning may add are made for these kernels; today they read the canonical one.
-inline void check_cuda_layout(const char* op, const std::string& layout) {
-  FASTINFER_CHECK(op, layout == "row", "layout must be \"row\" on CUDA, got \"", layout, "\"");
+// Every op takes the canonical layout and the tile layout of its kind.
+inline void check_cuda_layout(const char* op, const std::string& layout, const char* tile_layout) {
+  FASTINFER_CHECK(op, layout == "row" || layout == tile_layout, "layout must be \"row\" or \"", tile_layout,
+                  "\" on CUDA, got \"", layout, "\"");
 }
 
 // The arguments all formats share; x and w are aligned matrices (aligned_rows), K is x's, padding included.

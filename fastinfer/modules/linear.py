@@ -10,7 +10,7 @@ from fastinfer.modules.quantized import QuantizedModule
 from fastinfer.ops._common import FLOATS
 from fastinfer.ops.int4_matmul import dequantize as dequantize_int4
 from fastinfer.ops.int8_matmul import dequantize as dequantize_int8
-from fastinfer.ops.layout import ROW
+from fastinfer.ops.layout import ROW, native_layout
 from fastinfer.quantize import quantize_int4, quantize_int8
 
 ACTIVATIONS = ("keep", "int8")
@@ -64,6 +64,15 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """The weight [N, K] that this module multiplies by, in `dtype` (default: `compute_dtype`)."""
         raise NotImplementedError
 
+    @property
+    def kind(self) -> str:
+        """What the kernels call the bits of weights and activations: "w4a16", "w8a16" or "w8a8"."""
+        raise NotImplementedError
+
+    def native_layout(self) -> str:
+        size = self.out_features, self.in_features
+        return native_layout(self.weight.device, self.kind, *size, self.compute_dtype)
+
     def reset_parameters(self) -> None:
         raise RuntimeError(f"{type(self).__name__} has no random initialisation: build it from a float module")
 
@@ -111,6 +120,10 @@ class Int8Linear(QuantizedLinear):
         new.use_native_layout()
         return new.train(module.training)
 
+    @property
+    def kind(self) -> str:
+        return "w8a16" if self.activations == "keep" else "w8a8"
+
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         op = ops.int8_matmul if self.activations == "keep" else ops.int8_scaled_matmul
         return op(x, self.weight, self.weight_scale, self._bias_for(x), self.layout)
@@ -149,6 +162,14 @@ class Int4Linear(QuantizedLinear):
         new.weight_error = error
         new.use_native_layout()
         return new.train(module.training)
+
+    @property
+    def kind(self) -> str:
+        return "w4a16"
+
+    def native_layout(self) -> str:
+        wide = self.weight.device.type == "cuda" and self.weight_scale.dtype == torch.float32
+        return ROW if wide else super().native_layout()  # the tile kernels take 16-bit scales
 
     @property
     def group_size(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastinfer.ops._common import describe
-from fastinfer.ops.layout import ROW, convert, native_layout
+from fastinfer.ops.layout import PANEL16, ROW, convert, native_layout
 
 MARK = "_fastinfer_layout"
 
@@ -62,9 +62,17 @@ class QuantizedModule(nn.Module):
             tensor.data = convert(tensor.data, current, layout)
         setattr(self.weight, MARK, layout)
 
+    def native_layout(self) -> str:
+        """The order to hold the weights in on their device. Here, for weights that are only gathered: as they are, unless
+        another device's kernels read that order."""
+        if self.weight.device.type == "cpu":
+            n, k = self.weight.shape
+            return native_layout(self.weight.device, "w8a16", n, k, self.compute_dtype)
+        return ROW if self.layout == PANEL16 else self.layout
+
     def use_native_layout(self) -> None:
         """Brings the weights into the order that their device's kernels read fastest."""
-        self.use_layout(native_layout(self.weight.device, self.weight.shape[1]))
+        self.use_layout(self.native_layout())
 
     def __getstate__(self) -> dict:
         return vars(self) | {MARK: self.layout}

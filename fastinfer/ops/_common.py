@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fastinfer import _native
-from fastinfer.ops.layout import LAYOUTS, ROW
+from fastinfer.ops.layout import PANEL16, ROW
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,10 +17,15 @@ def describe(t: torch.Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
-def check_matmul(op: str, x: torch.Tensor, w: torch.Tensor, k: int, bias: torch.Tensor | None, layout: str) -> None:
-    """The checks that all quantised matmuls share: x [..., K] float, w [N, ·] int8, bias [N], a known layout."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"{op}: layout must be one of {LAYOUTS}, got {layout!r}")
+def check_matmul(
+    op: str, x: torch.Tensor, w: torch.Tensor, k: int, bias: torch.Tensor | None, layout: str, tile: str
+) -> None:
+    """The checks that all quantised matmuls share: x [..., K] float, w [N, ·] int8, bias [N], a layout of the op.
+
+    `tile` is the op's tile layout.
+    """
+    if layout not in (layouts := (ROW, PANEL16, tile)):
+        raise ValueError(f"{op}: layout must be one of {layouts}, got {layout!r}")
     if w.dtype != torch.int8 or w.dim() != 2:
         raise TypeError(f"{op}: w must be a two-dimensional int8 tensor, got {describe(w)}")
     if x.dtype not in FLOATS:

@@ -14,7 +14,7 @@ from fastinfer.ops._common import (
     register_fake,
     run,
 )
-from fastinfer.ops.layout import ROW, convert
+from fastinfer.ops.layout import ROW, TILE_W4A16, convert
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -35,7 +35,7 @@ def int4_matmul(
         w_scale: [N, K/G] fp16|bf16|fp32, contiguous, in the layout of w; G is 32, 64 or 128
         w_zero:  [N, K/G] as w_scale: zero points in units of q, possibly fractional
         bias:    [N] dtype of x or fp32, or None
-        layout:  "row" | "panel16": the order w, w_scale and w_zero are held in
+        layout:  "row" | "panel16" | "tile_w4a16": the order w, w_scale and w_zero are held in
     Returns: [..., N] dtype of x
     Raises:  TypeError for a dtype, ValueError for a shape, layout or device that does not fit; both name the argument
     Backends: CPU (AVX2, AVX512-VNNI); CUDA sm80+; Triton
@@ -44,7 +44,7 @@ def int4_matmul(
              Badri and Shaji, HQQ (2023)
     """
     k = 2 * w.shape[-1]
-    check_matmul("int4_matmul", x, w, k, bias, layout)
+    check_matmul("int4_matmul", x, w, k, bias, layout, TILE_W4A16)
     for name, t in (("w_scale", w_scale), ("w_zero", w_zero)):
         if t.dtype not in FLOATS or t.dtype != w_scale.dtype:
             raise TypeError(f"int4_matmul: {name} must be float16, bfloat16 or float32, as w_scale, got {describe(t)}")

@@ -12,7 +12,7 @@ from fastinfer.ops._common import (
     register_fake,
     run,
 )
-from fastinfer.ops.layout import ROW, convert
+from fastinfer.ops.layout import ROW, TILE_W8A16, convert
 
 
 def int8_matmul(
@@ -29,14 +29,14 @@ def int8_matmul(
         w:       [N, K] int8, contiguous, LAYOUTS.md#int8-row or #panel16
         w_scale: [N] fp32
         bias:    [N] dtype of x or fp32, or None
-        layout:  "row" | "panel16": the order w is held in
+        layout:  "row" | "panel16" | "tile_w8a16": the order w is held in
     Returns: [..., N] dtype of x
     Raises:  TypeError for a dtype, ValueError for a shape, layout or device that does not fit; both name the argument
     Backends: CPU (AVX2, AVX512-VNNI); CUDA sm80+; Triton
     Numerics: error ≤ 2× that of torch's linear on the dequantised weight in the dtype of x
     Source:  weight-only quantisation as in Dettmers et al., LLM.int8(), arXiv 2208.07339, §2; no outlier columns here
     """
-    check_matmul("int8_matmul", x, w, w.shape[-1], bias, layout)
+    check_matmul("int8_matmul", x, w, w.shape[-1], bias, layout, TILE_W8A16)
     check_int8_scale("int8_matmul", w, w_scale)
     return run("int8_matmul", reference, x, w, w_scale, bias, layout)
 

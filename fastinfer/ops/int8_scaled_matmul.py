@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastinfer.ops._common import check_int8_scale, check_matmul, fake_matmul, register_fake, run
-from fastinfer.ops.layout import ROW, convert
+from fastinfer.ops.layout import ROW, TILE_W8A8, convert
 
 
 def int8_scaled_matmul(
@@ -25,14 +25,14 @@ def int8_scaled_matmul(
         w:       [N, K] int8, contiguous, LAYOUTS.md#int8-row or #panel16
         w_scale: [N] fp32
         bias:    [N] dtype of x or fp32, or None
-        layout:  "row" | "panel16": the order w is held in
+        layout:  "row" | "panel16" | "tile_w8a8": the order w is held in
     Returns: [..., N] dtype of x
     Raises:  TypeError for a dtype, ValueError for a shape, layout or device that does not fit; both name the argument
     Backends: CPU (AVX2, AVX512-VNNI); CUDA sm80+; Triton
     Numerics: the integer stage is exact; scales and bias are applied in fp32
     Source:  per-token activations: Yao et al., ZeroQuant, arXiv 2206.01861, §3.1; symmetric here
     """
-    check_matmul("int8_scaled_matmul", x, w, w.shape[-1], bias, layout)
+    check_matmul("int8_scaled_matmul", x, w, w.shape[-1], bias, layout, TILE_W8A8)
     check_int8_scale("int8_scaled_matmul", w, w_scale)
     if w.shape[-1] > MAX_K:
         raise ValueError(f"int8_scaled_matmul: w must have at most {MAX_K} columns, got {list(w.shape)}")

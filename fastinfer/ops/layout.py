@@ -2,20 +2,83 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastinfer import _native
 
 ROW = "row"
 PANEL16 = "panel16"
-LAYOUTS = (ROW, PANEL16)
+TILE_W4A16 = "tile_w4a16"
+TILE_W8A16 = "tile_w8a16"
+TILE_W8A8 = "tile_w8a8"
+LAYOUTS = (ROW, PANEL16, TILE_W4A16, TILE_W8A16, TILE_W8A8)
 PANEL = 16
+TILE_ROWS = 16
+TILE_COLUMNS = 128
+"""A tile layout takes rows and columns in multiples of these."""
+
+# How a matrix is cut up: the dimensions of its row layout with their sizes (tiles and blocks of K take what is left), and
+# their order in memory. Row 8h + g of tile T; column 16s + 8c + 2t + e (or 16c + 4t + e) of block b; group G.
+_CUTS = {
+    TILE_W4A16: (dict(T=-1, h=2, g=8, b=-1, s=4, c=2, t=4, e=2), "Tbgtsech"),
+    TILE_W8A16: (dict(T=-1, h=2, g=8, b=-1, s=2, c=2, t=4, e=2), "Tbgtsceh"),
+    TILE_W8A8: (dict(T=-1, h=2, g=8, b=-1, c=2, t=4, e=4), "Tbgtche"),
+}
+_SCALE_CUT = (dict(T=-1, h=2, g=8, G=-1), "TGgh")
 
 
-def native_layout(device: torch.device, row_bytes: int) -> str:
-    """The execution layout on `device` for weights of `row_bytes` bytes a row."""
-    on_cpu_kernels = device.type == "cpu" and _native.backend(device) == "native"
-    return PANEL16 if on_cpu_kernels and row_bytes % 4 == 0 else ROW
+@functools.cache
+def _has_tile_kernels(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.dtype) -> str:
+    """The execution layout on `device` for a weight [n, k] of `kind` "w4a16", "w8a16" or "w8a8", beside x in `dtype`."""
+    row_bytes = k // 2 if kind == "w4a16" else k
+    if _native.backend(device) != "native":
+        return ROW
+    if device.type == "cpu":
+        return PANEL16 if row_bytes % 4 == 0 else ROW
+    fits = n % TILE_ROWS == 0 and k % TILE_COLUMNS == 0 and n > 0 and k > 0
+    plain = dtype == torch.float32 and kind != "w8a8"  # fp32 x has kernels for the row layout alone
+    return f"tile_{kind}" if device.type == "cuda" and fits and not plain and _has_tile_kernels(device.index) else ROW
+
+
+def _nibbles(w: torch.Tensor) -> torch.Tensor:
+    bits = w.view(torch.uint8)
+    return torch.stack((bits & 15, bits >> 4), -1).flatten(1)
+
+
+def _bytes(q: torch.Tensor) -> torch.Tensor:
+    return (q[:, ::2] | q[:, 1::2] << 4).view(torch.int8)
+
+
+def _cut(t: torch.Tensor, cut: tuple[dict[str, int], str], to_tile: bool) -> torch.Tensor:
+    """`t` [N, C] with the dimensions of `cut` brought into their order in memory, or back."""
+    sizes, order = cut
+    n, c = t.shape
+    sizes = sizes | {"T": n // TILE_ROWS}
+    inner = [size for name, size in sizes.items() if name not in "Thg" and size > 0]
+    rest = c // functools.reduce(int.__mul__, inner, 1)
+    sizes = {name: rest if size < 0 else size for name, size in sizes.items()}
+    names = list(sizes)
+    if to_tile:
+        return t.reshape(list(sizes.values())).permute([names.index(name) for name in order]).reshape(n, c)
+    return t.reshape([sizes[name] for name in order]).permute([order.index(name) for name in names]).reshape(n, c)
+
+
+def _tile(t: torch.Tensor, layout: str, to_tile: bool) -> torch.Tensor:
+    n = t.shape[0]
+    columns = t.shape[1] * (2 if layout == TILE_W4A16 else 1)
+    if n % TILE_ROWS or (t.dtype == torch.int8 and columns % TILE_COLUMNS):
+        raise ValueError(f"layout {layout!r} takes rows in multiples of {TILE_ROWS} and columns of {TILE_COLUMNS}")
+    if t.dtype != torch.int8:
+        return _cut(t, _SCALE_CUT, to_tile)
+    if layout == TILE_W4A16:
+        return _bytes(_cut(_nibbles(t), _CUTS[layout], to_tile))
+    return _cut(t, _CUTS[layout], to_tile)
 
 
 def _units(t: torch.Tensor) -> torch.Tensor:
@@ -25,8 +88,8 @@ def _units(t: torch.Tensor) -> torch.Tensor:
     return (t.clone() if t.storage_offset() % 4 else t).view(torch.int32)
 
 
-def _swap(t: torch.Tensor, to_panel: bool) -> torch.Tensor:
-    units = _units(t.contiguous())
+def _panel(t: torch.Tensor, to_panel: bool) -> torch.Tensor:
+    units = _units(t)
     n, c = units.shape
     whole = n - n % PANEL
     out = units.clone()
@@ -42,7 +105,10 @@ def convert(t: torch.Tensor, source: str, target: str) -> torch.Tensor:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {name!r}")
     if source == target:
         return t
-    return _swap(t, to_panel=target == PANEL16)
+    for name, forth in ((source, False), (target, True)):
+        if name != ROW:
+            t = _panel(t.contiguous(), forth) if name == PANEL16 else _tile(t.contiguous(), name, forth)
+    return t
 
 
 def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor:
@@ -51,6 +117,13 @@ def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor
     if layout == ROW:
         return w[ids]
     n, k = w.shape
+    if layout in (TILE_W8A16, TILE_W8A8):
+        # Within a tile of 16·k bytes, 64 bytes a row of eight and as many places as it takes for the other half.
+        tile, g, h = ids // TILE_ROWS, ids % 8, ids % TILE_ROWS // 8
+        places = torch.arange(TILE_ROWS * k, device=ids.device).view(TILE_ROWS, k)
+        columns = _cut(places, _CUTS[layout], to_tile=False)
+        start = tile * (TILE_ROWS * k) + g * 64 + h * (columns[8, 0] - columns[0, 0])
+        return w.view(-1)[start[..., None] + columns[0]]
     units = w.view(torch.int32).view(-1)
     whole, columns = n - n % PANEL, k // 4
     in_panel = ids < whole

@@ -1,0 +1,140 @@
+// Which kernel multiplies by weights in a tile layout, and how it is split: decode_matmul for few tokens, wgmma_matmul above.
+#pragma once
+
+#include <array>
+
+#include "cuda/decode_matmul.cuh"
+#include "cuda/wgmma_matmul.cuh"
+
+namespace fastinfer {
+
+// What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128, N of 16.
+struct TileProblem {
+  const char* op;
+  const Tensor& x;
+  const void* w;
+  const void* w_scale = nullptr;  // int4 alone: int8's are in the epilogue
+  const void* w_zero = nullptr;
+  Element scale_type{};
+  int groups = 1;
+  Epilogue epilogue;
+  int m = 0, n = 0, k = 0;
+};
+
+inline void check_tile_layout(const char* op, const MatmulShape& shape, const std::string& layout,
+                              const LaunchContext& context) {
+  FASTINFER_CHECK(op, context.limits().capability == 90, "layout \"", layout,
+                  "\" needs a GPU of compute capability 9.0; use \"row\"");
+  FASTINFER_CHECK(op, shape.n % 16 == 0 && shape.k % 128 == 0, "layout \"", layout,
+                  "\" needs N in multiples of 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
+}
+
+inline Epilogue tile_epilogue(const Tensor& y, const MatmulShape& shape, const std::optional<Tensor>& bias) {
+  Epilogue e;
+  e.y = y.mutable_data_ptr();
+  e.y_type = element_of(y.scalar_type());
+  e.bias = data_or_null(bias);
+  e.bias_type = element_of(bias.has_value() ? bias->scalar_type() : ScalarType::Float);
+  e.n = static_cast<int>(shape.n);
+  e.y_stride = static_cast<int>(shape.n);
+  return e;
+}
+
+// ---- few tokens -------------------------------------------------------------------------------------------------------------
+
+template <class Format, int kTiles, int kTokenTiles>
+bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, int smem_bytes, const LaunchContext& context) {
+  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, {ranks, smem_bytes}, context);
+}
+
+template <class Format>
+void run_decode(const TileProblem& p, const LaunchContext& context) {
+  DecodeArgs args;
+  args.x = p.x.const_data_ptr();
+  args.x_stride = int64_t(p.k) * Format::kXBytes;
+  args.w = static_cast<const unsigned char*>(p.w);
+  args.w_scale = p.w_scale, args.w_zero = p.w_zero;
+  args.half_scales = p.scale_type == Element::kHalf;
+  args.epilogue = p.epilogue;
+  args.m = p.m, args.units = p.k / 128, args.groups = p.groups;
+  // Measured on an H200 (benchmarks/NOTES.md). Pairs of row tiles share each fragment of x where there are enough of them;
+  // half of the shared memory leaves room for the next kernel's blocks; ranks share an x that is too large for one.
+  const int limit = context.limits().smem_per_block, half = context.limits().smem_per_multiprocessor / 2 - 1024;
+  const bool wide = p.n >= 64 * context.limits().multiprocessors;
+  int ranks = 1;
+  while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
+  for (; ranks <= 8; ranks *= 2) {
+    for (const int smem : {half, limit}) {
+      if (wide && smem == half) continue;
+      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, ranks, smem, context)
+                                         : try_decode<Format, 1, 1>(p, args, ranks, smem, context))
+                                 : (wide ? try_decode<Format, 2, 2>(p, args, ranks, smem, context)
+                                         : try_decode<Format, 1, 2>(p, args, ranks, smem, context));
+      if (done) return;
+    }
+  }
+  FASTINFER_CHECK(p.op, false, "K = ", p.k, " is too large for ", p.m, " tokens");
+}
+
+// ---- many tokens ------------------------------------------------------------------------------------------------------------
+
+// A shape of wgmma_matmul and what 128 k of a tile take it, in ns; measured on an H200 (benchmarks/NOTES.md).
+struct WgmmaShape {
+  int tokens, consumers, unit_ns;
+};
+constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
+    {{32, 4, 980}, {64, 4, 1100}, {64, 2, 680}, {128, 2, 830}, {256, 2, 1430}}};
+
+// Clusters of `ranks` blocks that run at once, one block a multiprocessor.
+template <class Format, typename Y>
+int wgmma_clusters(int ranks, const LaunchContext& context) {
+  using Kernel = WgmmaMatmul<Format, Y, 128, 2>;
+  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2>, Kernel::kThreads, ranks,
+                           Kernel::smem_bytes(3, ranks), context);
+}
+
+template <class Format, typename Y>
+void run_wgmma(const TileProblem& p, const LaunchContext& context) {
+  WgmmaArgs args;
+  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
+  args.epilogue = p.epilogue;
+  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
+
+  int shape = 0, ranks = 1;
+  int64_t best = INT64_MAX;
+  for (int r = 1; r <= 4; ++r) {
+    if (r > p.k / 256) break;
+    const int clusters = wgmma_clusters<Format, Y>(r, context);
+    for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
+      const WgmmaShape& candidate = kWgmmaShapes[s];
+      if (candidate.tokens == 256 && r > 1) continue;  // too many sums to exchange
+      const int64_t rows = 64 * candidate.consumers;
+      const int64_t tiles = (p.n + rows - 1) / rows * ((p.m + candidate.tokens - 1) / candidate.tokens);
+      const int64_t rounds = (tiles + clusters - 1) / clusters, units = (p.k / 128 + r - 1) / r;
+      const int64_t ns = rounds * (units * candidate.unit_ns + 1500 + (r > 1 ? 1000 + 8 * candidate.tokens : 0));
+      if (ns < best) best = ns, shape = s, ranks = r;
+    }
+  }
+  const WgmmaPlan plan{ranks};
+  switch (shape) {
+    case 0:
+      return launch_wgmma<Format, Y, 32, 4>(p.op, args, p.x, p.w, plan, context);
+    case 1:
+      return launch_wgmma<Format, Y, 64, 4>(p.op, args, p.x, p.w, plan, context);
+    case 2:
+      return launch_wgmma<Format, Y, 64, 2>(p.op, args, p.x, p.w, plan, context);
+    case 3:
+      return launch_wgmma<Format, Y, 128, 2>(p.op, args, p.x, p.w, plan, context);
+    default:
+      return launch_wgmma<Format, Y, 256, 2>(p.op, args, p.x, p.w, plan, context);
+  }
+}
+
+constexpr int kDecodeTokens = 16;
+
+template <class Decode, class Wgmma, typename Y>
+void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
+  p.m <= kDecodeTokens ? run_decode<Decode>(p, context) : run_wgmma<Wgmma, Y>(p, context);
+}
+
+}  // namespace fastinfer

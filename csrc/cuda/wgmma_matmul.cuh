@@ -1,0 +1,587 @@
+// wgmma_matmul: y[M, N] = x[M, K] · dequant(w)[N, K]ᵀ for more than a few tokens, every weight format in its tile layout
+// Source    own design; warp-specialised producer and consumers as in CUTLASS's sm90 kernels
+// Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8
+// Requires  sm90a; K % 128 == 0, N in whole tiles of 16 rows; x 16-byte aligned
+// Mapping   a CTA makes 64 · kConsumers rows of w × kTokens tokens: kConsumers warpgroups multiply, 64 rows each, and one
+//           thread of another copies. Weights go from shared memory to registers, become 16-bit (or stay int8) there and
+//           are wgmma's a; x arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment,
+//           the tensor cores work on its last one and on the other warpgroups'.
+//
+//             stage:  x  kStageBlocks × [kTokens][128 bytes of k]        a block is 128 bytes of x along K
+//                     w  kStageBlocks × 4 · kConsumers row tiles
+//
+//           The ranks of a cluster share a tile, each a slice of K; their sums meet in shared memory, added in their order.
+// Bound     memory below M ≈ 100, then wgmma
+// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
+#pragma once
+
+#include <type_traits>
+
+#include "common/cuda.cuh"
+#include "common/wgmma.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace fastinfer {
+
+struct WgmmaArgs {
+  CUtensorMap x_map;  // [M, K], boxes of kTokens × one block
+  CUtensorMap w_map;  // boxes of four row tiles × one block
+  const void* w_scale = nullptr;
+  const void* w_zero = nullptr;
+  Element scale_type{};
+  Epilogue epilogue;
+  int m = 0, groups = 0;                // M; K / G
+  int row_tiles = 0;                    // N / 16
+  int blocks = 0;                       // of K
+  int row_blocks = 0, token_tiles = 0;  // what the tiles cover
+  int stages = 0;
+};
+
+constexpr int kConsumerBarrier = 1;  // named barrier of the consumers
+
+// ---- weight formats -----------------------------------------------------------------------------------------------------
+// A block is kSteps wgmma steps. `Factors` is what a lane needs to make the fragments of a group of kGroup k.
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  return bits(__floats2bfloat162_rn(low, high));
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  return bits(__floats2half2_rn(low, high));
+}
+__device__ __forceinline__ __nv_bfloat162 as_pair(__nv_bfloat16, uint32_t v) { return as_bfloat162(v); }
+__device__ __forceinline__ __half2 as_pair(__half, uint32_t v) { return as_half2(v); }
+__device__ __forceinline__ float low_of(__nv_bfloat16, uint32_t v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float low_of(__half, uint32_t v) { return __low2float(as_half2(v)); }
+
+// (q − zero) · scale, rounded to 16 bits once but for terms far below: the bits of q make the number e + q (e = 128 in
+// bf16, 1024 in fp16), e + zero is rounded to `offset`, whose difference to e + q is exact for zero points near q's range;
+// `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did.
+template <typename T, int kG>
+struct Int4Wgmma {
+  using Element = T;
+  using Accumulator = float;
+  static constexpr int kSteps = 4, kTileBytes = 512, kBlockK = 64, kGroup = kG;
+  static constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
+  static constexpr float kExponent = kBFloat16 ? 128.f : 1024.f;
+
+  struct RowFactors {
+    uint32_t offset, scale, scale_low, shift;  // pairs of equals
+  };
+  struct Factors {
+    RowFactors row[2];  // g and g + 8
+  };
+
+  // The factors of a warp's row tile, kChunkGroups groups at a time in shared memory of its own. While they are in use, the
+  // scales and zero points of the next ones are on their way from memory; a lane makes the factors of four rows of a group.
+  struct Scales {
+    static constexpr int kChunkGroups = 8, kChunkBlocks = kChunkGroups * kGroup / kBlockK;
+    static constexpr int kBytes = kChunkGroups * 16 * sizeof(RowFactors);
+    const WgmmaArgs& args;
+    uint32_t smem;
+    int lane;
+    uint4 scale, zero;
+
+    __device__ Scales(const WgmmaArgs& a, uint32_t to, int l) : args(a), smem(to), lane(l) {}
+    __device__ __forceinline__ void prefetch(int row_tile, int block) {
+      const int group = min(block * kBlockK / kGroup + lane / 4, args.groups - 1);
+      const int64_t at = (int64_t(row_tile) * args.groups + group) * 4 + lane % 4;  // in fours
+      if (args.scale_type == fastinfer::Element::kFloat) {
+        scale = __ldg(static_cast<const uint4*>(args.w_scale) + at),
+        zero = __ldg(static_cast<const uint4*>(args.w_zero) + at);
+      } else {
+        const uint2 s = __ldg(static_cast<const uint2*>(args.w_scale) + at);
+        const uint2 z = __ldg(static_cast<const uint2*>(args.w_zero) + at);
+        scale.x = s.x, scale.y = s.y, zero.x = z.x, zero.y = z.y;
+      }
+    }
+    __device__ __forceinline__ void widen(const uint4& v, float (&out)[4]) const {
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (args.scale_type == fastinfer::Element::kFloat) {
+          out[i] = __uint_as_float(words[i]);
+        } else if (args.scale_type == fastinfer::Element::kHalf) {
+          const float2 pair = __half22float2(as_half2(words[i / 2]));
+          out[i] = i % 2 == 0 ? pair.x : pair.y;
+        } else {
+          out[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
+        }
+      }
+    }
+    // At the start of every chunk: what was prefetched becomes current.
+    __device__ __forceinline__ void turn() {
+      float s[4], z[4];
+      widen(scale, s);
+      widen(zero, z);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t offset = pack_pair<T>(z[i] + kExponent, z[i] + kExponent), high = pack_pair<T>(s[i], s[i]);
+        const float low = s[i] - low_of(T{}, high), shift = (low_of(T{}, offset) - kExponent - z[i]) * s[i];
+        store_smem16(smem + (lane * 4 + i) * static_cast<int>(sizeof(RowFactors)),
+                     {offset, high, pack_pair<T>(low, low), pack_pair<T>(shift, shift)});
+      }
+      __syncwarp();
+    }
+    // Of a group of the chunk.
+    __device__ __forceinline__ Factors factors(int group) const {
+      Factors out;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint4 v = load_smem16(smem + (group * 16 + lane / 4 * 2 + row) * static_cast<int>(sizeof(RowFactors)));
+        out.row[row] = {v.x, v.y, v.z, v.w};
+      }
+      return out;
+    }
+  };
+
+  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[4]) {
+    const uint4 v = load_smem16(tile + lane * 16);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  }
+  static __device__ __forceinline__ void make_a(const uint32_t (&words)[4], int step, const Factors& factors,
+                                                uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // nibbles i and i + 4, of row g or g + 8
+      const RowFactors& f = factors.row[i % 2];
+      const auto q = as_pair(T{}, lop3<kAndOr>(words[step] >> (4 * i), 0x000F000F, kMagic));
+      const auto d = __hsub2(q, as_pair(T{}, f.offset));
+      const auto low = __hfma2(d, as_pair(T{}, f.scale_low), as_pair(T{}, f.shift));
+      a[i] = bits(__hfma2(d, as_pair(T{}, f.scale), low));
+    }
+  }
+};
+
+// int8 weights have one scale a row, which the epilogue multiplies by.
+struct NoScales {
+  struct Factors {};
+  static constexpr int kChunkBlocks = 1 << 30, kBytes = 0;
+  __device__ NoScales(const WgmmaArgs&, uint32_t, int) {}
+  __device__ __forceinline__ void prefetch(int, int) {}
+  __device__ __forceinline__ void turn() {}
+  __device__ __forceinline__ Factors factors(int) const { return {}; }
+};
+
+template <typename T>
+struct Int8Wgmma {
+  using Element = T;
+  using Accumulator = float;
+  static constexpr int kSteps = 4, kTileBytes = 1024, kBlockK = 64, kGroup = 128;
+  using Factors = NoScales::Factors;
+  using Scales = NoScales;
+  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[8]) {
+    const uint4 v = load_smem16(tile + lane * 16), u = load_smem16(tile + 512 + lane * 16);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    words[4] = u.x, words[5] = u.y, words[6] = u.z, words[7] = u.w;
+  }
+  static __device__ __forceinline__ void make_a(const uint32_t (&words)[8], int step, const Factors&,
+                                                uint32_t (&a)[4]) {
+    int8x4_to_interleaved_pairs<T>(words[2 * step], a[0], a[1]);
+    int8x4_to_interleaved_pairs<T>(words[2 * step + 1], a[2], a[3]);
+  }
+};
+
+struct Int8x8Wgmma {
+  using Element = int8_t;
+  using Accumulator = int32_t;
+  static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
+  using Factors = NoScales::Factors;
+  using Scales = NoScales;
+  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[16]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 v = load_smem16(tile + i * 512 + lane * 16);
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+  }
+  static __device__ __forceinline__ void make_a(const uint32_t (&words)[16], int step, const Factors&,
+                                                uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = words[4 * step + i];
+  }
+};
+
+// ---- kernel -------------------------------------------------------------------------------------------------------------
+
+template <class Format, typename Y, int kTokens, int kConsumers>
+struct WgmmaMatmul {
+  using Accumulator = typename Format::Accumulator;
+  using Scales = typename Format::Scales;
+  using Factors = typename Format::Factors;
+  static constexpr int kThreads = 128 * (kConsumers + 1), kRowsPerCta = 64 * kConsumers, kTilesPerCta = 4 * kConsumers;
+  static constexpr int kStageBlocks = kTokens < 256 ? 128 / Format::kBlockK : 1;  // of K
+  static constexpr int kStageFactors =
+      kStageBlocks * Format::kBlockK <= Format::kGroup ? 1 : kStageBlocks * Format::kBlockK / Format::kGroup;
+  static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kWeightBytes = kTilesPerCta * Format::kTileBytes;
+  static constexpr int kStageBytes = kStageBlocks * (kXBytes + kWeightBytes);
+  static constexpr int kWords = Format::kTileBytes / 128;  // of a lane, a block
+  // The result leaves through shared memory, at most 128 tokens at a time.
+  static constexpr int kStagedTokens = kTokens < 128 ? kTokens : 128;
+  static constexpr int kOutPitch = kRowsPerCta * 2 + 16;
+  static constexpr int kOutBytes = kStagedTokens * kOutPitch;
+  static constexpr int kScaleBytes = 4 * kConsumers * Scales::kBytes;
+  static constexpr int kSumBytes = kRowsPerCta * kTokens * 4;  // where ranks split K
+  static constexpr int kMaxStages = 8;
+
+  static __host__ __device__ int ring_bytes(int stages, int ranks) {
+    const int ring = stages * kStageBytes;
+    return ranks > 1 && ring < kSumBytes ? kSumBytes : ring;
+  }
+  static __host__ __device__ int smem_bytes(int stages, int ranks) {
+    return 1024 + ring_bytes(stages, ranks) + kOutBytes + kScaleBytes + 2 * kMaxStages * 8;
+  }
+
+  struct Tile {
+    int token0;
+    int row_tile;  // of the calling thread's warpgroup
+    int row_block;
+  };
+  struct Work {
+    const WgmmaArgs& args;
+    int ranks, rank;  // of the cluster
+    int first, step;  // tiles of this cluster
+    int tiles;
+    int begin, end;  // blocks of K
+    bool gated;
+    __device__ explicit Work(const WgmmaArgs& a) : args(a) {
+      ranks = cluster_size(), rank = cluster_rank();
+      first = blockIdx.x / ranks, step = gridDim.x / ranks;
+      tiles = a.row_blocks * a.token_tiles;
+      const int units = a.blocks * Format::kBlockK / 128;  // K is split by 128, so that no group is
+      begin = units * rank / ranks * (128 / Format::kBlockK);
+      end = units * (rank + 1) / ranks * (128 / Format::kBlockK);
+      gated = a.epilogue.gate != Gate::kNone;
+    }
+    // Where gated, the first half of the warpgroups has the gate's rows, the second half those it multiplies.
+    __device__ __forceinline__ int row_tile(int row_block, int group) const {
+      if (!gated) return row_block * kTilesPerCta + group * 4;
+      constexpr int kHalf = kConsumers / 2;
+      return group / kHalf * (args.row_tiles / 2) + (row_block * kHalf + group % kHalf) * 4;
+    }
+    __device__ __forceinline__ Tile tile(int index, int group) const {
+      const int row_block = index / args.token_tiles;
+      return {(index - row_block * args.token_tiles) * kTokens, row_tile(row_block, group), row_block};
+    }
+  };
+
+  static __device__ void produce(const Work& work, uint32_t ring, uint32_t full, uint32_t empty) {
+    const WgmmaArgs& args = work.args;
+    const auto copy_weights = [&](const Tile& tile, int block, int stage) {
+#pragma unroll
+      for (int i = 0; i < kStageBlocks * kConsumers; ++i) {
+        tensor_copy(ring + stage * kStageBytes + kStageBlocks * kXBytes + i * 4 * Format::kTileBytes, &args.w_map,
+                    (block + i / kConsumers) * (Format::kTileBytes / 8), work.row_tile(tile.row_block, i % kConsumers),
+                    full + stage * 8);
+      }
+    };
+    const auto copy_x = [&](const Tile& tile, int block, int stage) {
+#pragma unroll
+      for (int i = 0; i < kStageBlocks; ++i) {
+        tensor_copy(ring + stage * kStageBytes + i * kXBytes, &args.x_map, (block + i) * Format::kBlockK, tile.token0,
+                    full + stage * 8);
+      }
+    };
+    // The first stages' weights do not wait for the previous kernel.
+    int ahead = 0;
+    if (work.first < work.tiles) {
+      const Tile tile = work.tile(work.first, 0);
+      ahead = min(args.stages, (work.end - work.begin) / kStageBlocks);
+      for (int s = 0; s < ahead; ++s) {
+        mbarrier_arrive_expect(full + s * 8, kStageBytes);
+        copy_weights(tile, work.begin + s * kStageBlocks, s);
+      }
+    }
+    wait_for_previous_kernel();
+    RingPosition at;
+    bool first_round = true;
+    for (int index = work.first; index < work.tiles; index += work.step) {
+      const Tile tile = work.tile(index, 0);
+      for (int block = work.begin; block < work.end; block += kStageBlocks) {
+        if (ahead > 0) {
+          --ahead;
+        } else {
+          if (!first_round) mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+          mbarrier_arrive_expect(full + at.stage * 8, kStageBytes);
+          copy_weights(tile, block, at.stage);
+        }
+        copy_x(tile, block, at.stage);
+        at.advance(args.stages);
+        if (at.stage == 0) first_round = false;
+      }
+    }
+  }
+
+  static __device__ void consume(const Work& work, uint32_t ring, uint32_t out, uint32_t scale_smem, uint32_t full,
+                                 uint32_t empty) {
+    const WgmmaArgs& args = work.args;
+    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
+    const auto release = [&](int stage) {
+      if (thread == 0) mbarrier_arrive(empty + stage * 8);
+    };
+    Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
+    const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
+    RingPosition at;
+    Accumulator sums[kTokens / 2];
+    Tile tile = work.tile(work.first, group);
+    if (work.first < work.tiles) scales.prefetch(my_tile(tile), work.begin);
+    wait_for_previous_kernel();
+    for (int index = work.first; index < work.tiles; index += work.step) {
+      const Tile next = work.tile(min(index + work.step, work.tiles - 1), group);
+      int last_stage = -1;
+      for (int block = work.begin; block < work.end; block += kStageBlocks) {
+        const int chunk_block = (block - work.begin) % Scales::kChunkBlocks;
+        if (chunk_block == 0) {
+          scales.turn();
+          const int ahead = block + Scales::kChunkBlocks;
+          ahead < work.end ? scales.prefetch(my_tile(tile), ahead) : scales.prefetch(my_tile(next), work.begin);
+        }
+        Factors factors[kStageFactors];
+#pragma unroll
+        for (int i = 0; i < kStageFactors; ++i) {
+          factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
+        }
+        mbarrier_wait(full + at.stage * 8, at.parity);
+        uint32_t words[kStageBlocks][kWords];
+#pragma unroll
+        for (int i = 0; i < kStageBlocks; ++i) {
+          Format::load_words(my_words + at.stage * kStageBytes + i * kWeightBytes, lane, words[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kStageBlocks; ++i) {
+          const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes);
+          uint32_t a[2][4];
+#pragma unroll
+          for (int step = 0; step < Format::kSteps; ++step) {
+            constexpr int kStepK = Format::kBlockK / Format::kSteps;
+            Format::make_a(words[i], step, factors[(i * Format::kBlockK + step * kStepK) / Format::kGroup],
+                           a[step % 2]);
+            wgmma_fence();
+            wgmma<typename Format::Element, kTokens>(sums, a[step % 2], b + step * 2,
+                                                     block > work.begin || i > 0 || step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();  // the one before this is done, and its fragment free
+            if (i == 0 && step == 0 && last_stage >= 0) release(last_stage);
+          }
+        }
+        last_stage = at.stage;
+        at.advance(args.stages);
+      }
+      wgmma_wait<0>();
+      if (last_stage >= 0) release(last_stage);
+      if (work.ranks > 1) {
+        combine(work, ring, out, tile, sums);
+      } else {
+        store(work, out, tile, 0, kTokens / 8, [&](int j, Accumulator(&v)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
+        });
+      }
+      tile = next;
+    }
+  }
+
+  // Tokens 8j … for j in [j0, j1) to y, 16-bit ones through shared memory. fetch(j, v) gives a lane's four sums of them.
+  template <typename F>
+  static __device__ __forceinline__ void store(const Work& work, uint32_t out, const Tile& tile, int j0, int j1,
+                                               F&& fetch) {
+    const WgmmaArgs& args = work.args;
+    const Epilogue& epilogue = args.epilogue;
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const RowTerms terms(epilogue, tile.row_tile * 16 + warp * 16 + lane / 4);
+    if constexpr (sizeof(Y) == 4) {  // eight lanes fill a 32-byte sector
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        if (j < j0 || j >= j1) continue;
+        Accumulator sums[4];
+        fetch(j, sums);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = tile.token0 + 8 * j + 2 * (lane % 4) + i % 2, row = terms.row + i / 2 * 8;
+          if (token >= args.m || row >= epilogue.n) continue;
+          const int64_t at = int64_t(token) * epilogue.y_stride + row;
+          const float v = terms.value(epilogue, token, i / 2, sums[i]);
+          static_cast<float*>(epilogue.y)[at] =
+              epilogue.residual == nullptr ? v : v + static_cast<const float*>(epilogue.residual)[at];
+        }
+      }
+    } else {
+      stage_and_store(work, out, tile, j0, j1, terms, fetch);
+    }
+  }
+
+  template <typename F>
+  static __device__ __forceinline__ void stage_and_store(const Work& work, uint32_t out, const Tile& tile, int j0,
+                                                         int j1, const RowTerms& terms, F&& fetch) {
+    const WgmmaArgs& args = work.args;
+    const Epilogue& epilogue = args.epilogue;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const uint32_t to = out + lane % 8 * kOutPitch + (group * 64 + warp * 16 + lane / 8 % 2 * 8) * 2;
+    constexpr int kTilesStaged = kStagedTokens / 8;
+#pragma unroll
+    for (int half = 0; half < kTokens / kStagedTokens; ++half) {
+      barrier(kConsumerBarrier, 128 * kConsumers);  // the buffer is free
+#pragma unroll
+      for (int k = 0; k < kTilesStaged; ++k) {
+        const int j = half * kTilesStaged + k;
+        if (j < j0 || j >= j1) continue;
+        Accumulator sums[4];
+        fetch(j, sums);
+        const int token = tile.token0 + 8 * j + 2 * (lane % 4);
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = terms.value(epilogue, min(token + i % 2, args.m - 1), i / 2, sums[i]);
+        store_two_matrices_transposed(to + 8 * k * kOutPitch, pack_pair<Y>(v[0], v[1]), pack_pair<Y>(v[2], v[3]));
+      }
+      barrier(kConsumerBarrier, 128 * kConsumers);
+      store_rows(work, out, tile, half * kTilesStaged, j0, j1);
+    }
+  }
+
+  // From the staging buffer to y, eight columns a thread.
+  static __device__ __forceinline__ void store_rows(const Work& work, uint32_t out, const Tile& tile, int first_j,
+                                                    int j0, int j1) {
+    const WgmmaArgs& args = work.args;
+    const Epilogue& epilogue = args.epilogue;
+    const bool wide = epilogue.y_stride % 8 == 0;
+    const int columns = work.gated ? kRowsPerCta / 2 : kRowsPerCta, limit = work.gated ? epilogue.n / 2 : epilogue.n;
+    const int shift = (kRowsPerCta == 256 ? 5 : 4) - (work.gated ? 1 : 0);  // log2 of the pieces of a token
+    const int column = tile.row_block * columns + (threadIdx.x & ((1 << shift) - 1)) * 8;
+    const int last = min(min(j1 - first_j, kStagedTokens / 8) * 8, args.m - tile.token0 - first_j * 8);
+    if (column >= limit) return;
+    Y* y = static_cast<Y*>(epilogue.y);
+    const Y* residual = static_cast<const Y*>(epilogue.residual);
+    const int step = 128 * kConsumers >> shift;
+#pragma unroll 2
+    for (int i = ((threadIdx.x - 128) >> shift) + max(j0 - first_j, 0) * 8; i < last; i += step) {
+      const uint32_t from = out + i * kOutPitch + (threadIdx.x & ((1 << shift) - 1)) * 16;
+      Pack<Y, 8> v = as_pack(load_smem16(from));
+      if (work.gated) {
+        const Pack<Y, 8> up = as_pack(load_smem16(from + kRowsPerCta));
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          v.v[c] = from_float<Y>(gate_value(epilogue.gate, to_float(v.v[c])) * to_float(up.v[c]));
+        }
+      }
+      const int64_t at = int64_t(tile.token0 + first_j * 8 + i) * epilogue.y_stride + column;
+      if (residual != nullptr) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (column + c < limit) v.v[c] = from_float<Y>(to_float(v.v[c]) + to_float(residual[at + c]));
+        }
+      }
+      if (wide && column + 8 <= limit) {
+        *reinterpret_cast<Pack<Y, 8>*>(y + at) = v;
+      } else {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (column + c < limit) y[at + c] = v.v[c];
+        }
+      }
+    }
+  }
+  static __device__ __forceinline__ Pack<Y, 8> as_pack(const uint4& v) {
+    return *reinterpret_cast<const Pack<Y, 8>*>(&v);
+  }
+
+  // Ranks that split K: each leaves its sums in shared memory and adds up its share of the tokens.
+  static __device__ void combine(const Work& work, uint32_t ring, uint32_t out, const Tile& tile,
+                                 const Accumulator (&sums)[kTokens / 2]) {
+    const int thread = threadIdx.x - 128;
+    barrier(kConsumerBarrier, 128 * kConsumers);  // all are done with the ring
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      store_smem16(ring + (j * 128 * kConsumers + thread) * 16, *reinterpret_cast<const uint4*>(&sums[4 * j]));
+    }
+    cluster_sync();
+    const int j0 = kTokens / 8 * work.rank / work.ranks, j1 = kTokens / 8 * (work.rank + 1) / work.ranks;
+    store(work, out, tile, j0, j1, [&](int j, Accumulator(&total)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] = 0;
+      for (int r = 0; r < work.ranks; ++r) {
+        const uint4 v = load_cluster16(map_to_rank(ring + (j * 128 * kConsumers + thread) * 16, r));
+        const auto* values = reinterpret_cast<const Accumulator*>(&v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] += values[i];
+      }
+    });
+  }
+
+  static __device__ void run(const WgmmaArgs& args) {
+    extern __shared__ unsigned char smem[];
+    const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;  // the swizzle's period
+    const Work work(args);
+    const uint32_t out = ring + ring_bytes(args.stages, work.ranks), scale_smem = out + kOutBytes;
+    const uint32_t full = scale_smem + kScaleBytes, empty = full + kMaxStages * 8;
+    if (threadIdx.x == 0) {
+      prefetch_tensor_map(&args.x_map);
+      prefetch_tensor_map(&args.w_map);
+      for (int s = 0; s < args.stages; ++s) {
+        mbarrier_init(full + s * 8, 1);
+        mbarrier_init(empty + s * 8, kConsumers);
+      }
+      mbarrier_init_fence();
+    }
+    __syncthreads();
+    let_next_kernel_start();
+    // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 112 · 512 ≤ 96 · 640.
+    if (threadIdx.x < 128) {
+      give_registers<kConsumers == 2 ? 40 : 24>();
+      if (threadIdx.x == 0) produce(work, ring, full, empty);
+      __syncwarp();
+      if (work.ranks > 1) cluster_sync();  // the consumers' in combine
+    } else {
+      take_registers<kConsumers == 2 ? 232 : 112>();
+      consume(work, ring, out, scale_smem, full, empty);
+    }
+    if (work.ranks > 1) cluster_sync();  // nobody leaves while its sums are being read
+  }
+};
+
+template <class Format, typename Y, int kTokens, int kConsumers>
+__global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
+    wgmma_matmul_kernel(const __grid_constant__ WgmmaArgs args) {
+#ifdef FASTINFER_SM90A
+  WgmmaMatmul<Format, Y, kTokens, kConsumers>::run(args);
+#endif
+}
+
+// ---- launch -------------------------------------------------------------------------------------------------------------
+
+struct WgmmaPlan {
+  int ranks = 1;           // CTAs that split K
+  bool dependent = false;  // start before the previous kernel has finished
+};
+
+template <class Format, typename Y, int kTokens, int kConsumers>
+void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w, const WgmmaPlan& plan,
+                  const LaunchContext& context) {
+  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers>;
+  const bool gated = args.epilogue.gate != Gate::kNone;
+  args.blocks = static_cast<int>(x.size(1)) / Format::kBlockK;
+  args.x_map = token_map(op, x, kTokens);
+  args.w_map = weight_map(op, w, args.row_tiles, args.blocks, Format::kTileBytes);
+  const int block_tiles = gated ? Kernel::kTilesPerCta / 2 : Kernel::kTilesPerCta;
+  args.row_blocks = ((gated ? args.row_tiles / 2 : args.row_tiles) + block_tiles - 1) / block_tiles;
+  args.token_tiles = (args.m + kTokens - 1) / kTokens;
+  const int limit = context.limits().smem_per_block,
+            ranks = std::min({plan.ranks, static_cast<int>(x.size(1)) / 128, kTokens / 8});
+  args.stages = 2;
+  while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, ranks) <= limit) ++args.stages;
+  const int smem_bytes = Kernel::smem_bytes(args.stages, ranks);
+  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  // Ranks that split K make one tile only: their ring becomes the place where their sums meet.
+  const int64_t tiles = int64_t(args.row_blocks) * args.token_tiles;
+  const int64_t clusters = ranks > 1 ? tiles : std::min<int64_t>(tiles, context.limits().multiprocessors);
+  launch_clusters(op, kernel, clusters * ranks, Kernel::kThreads, ranks, smem_bytes, plan.dependent, args, context);
+}
+
+}  // namespace fastinfer
