@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def("int4_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor w_zero, Tensor? bias, str layout) -> Tensor");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
+  // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.
+  m.def("dependent_launch(bool on) -> bool");
 }

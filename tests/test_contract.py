@@ -14,7 +14,7 @@ from fastinfer import _native, ops
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["Args:", "Returns:", "Raises:", "Backends:", "Numerics:", "Source:"]
 SCHEMAS = dict(re.findall(r'm\.def\("(\w+)\(([^)]*)\)', (ROOT / "csrc" / "ops.cpp").read_text()))
-NOT_OPS = {"cpu_isa"}
+NOT_OPS = {"cpu_isa", "dependent_launch"}
 
 
 def module_of(op):

@@ -242,7 +242,8 @@ constexpr int kSlotBuffers = 2, kMaxStages = 16;
 template <class Format, int kTiles, int kTokenTiles, int kWarps>
 struct DecodeMatmul {
   using Accumulator = typename Format::Accumulator;
-  static constexpr int kThreads = 32 * kWarps + 64;  // and a warp that copies, and one that adds up
+  static constexpr int kMultiplyThreads = 32 * kWarps, kMultiplyBarrier = 1;
+  static constexpr int kThreads = kMultiplyThreads + 64;  // and a warp that copies, and one that adds up
   static constexpr int kGroupsPerUnit = 8 / Format::kGroupSteps;
   static constexpr int kSlotBytes = kTiles * kTokenTiles * 512;  // one warp's sums of a set
   static_assert(sizeof(Accumulator) == 4);
@@ -281,56 +282,45 @@ struct DecodeMatmul {
     }
   }
 
-  // Calls f(unit) for every unit of the slice that a warp multiplies, counted from the slice's first.
-  template <typename F>
-  static __device__ __forceinline__ void for_units(const DecodeArgs& args, const Work& work, int warp, F&& f) {
-    for (int chunk = 0; chunk < work.end - work.begin; chunk += args.chunk_units) {
-      const int count = min(args.chunk_units, work.end - work.begin - chunk);
-      for (int u = count * warp / kWarps; u < count * (warp + 1) / kWarps; ++u) f(chunk + u);
-    }
-  }
-
-  // A warp brings in the columns of x that it will read itself, 16 bytes a lane, and adds them up by group where the
-  // format needs that, by mma against ones. No other warp is waited for.
-  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t smem_x, uint32_t smem_sums,
-                                const TokenTile (&x)[kTokenTiles], int warp, int lane) {
-    constexpr int kUnitBytes = kUnit * Format::kXBytes, kPieces = kUnitBytes / 16, kTokensAtOnce = 32 / kPieces;
-    const int first_token = lane / kPieces, offset = lane % kPieces * 16;
-    const char* gmem = static_cast<const char*>(args.x) + int64_t(work.begin) * kUnitBytes + offset;
-    for_units(args, work, warp, [&](int unit) {
-      for (int token = first_token; token < args.m; token += kTokensAtOnce) {
-        copy16_stream(smem_x + token * args.x_pitch + unit * kUnitBytes + offset,
-                      gmem + token * args.x_stride + unit * kUnitBytes, 16);
+  // All warps that multiply bring in the rank's slice of x. Through the ring's copy engine it would queue behind weights.
+  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t smem_x) {
+    const int pieces = (work.end - work.begin) * kUnit * Format::kXBytes / 16;
+    const char* gmem = static_cast<const char*>(args.x) + int64_t(work.begin) * kUnit * Format::kXBytes;
+    for (int token = 0; token < args.m; ++token) {
+      for (int i = threadIdx.x; i < pieces; i += kMultiplyThreads) {
+        copy16_cached(smem_x + token * args.x_pitch + i * 16, gmem + token * args.x_stride + i * 16, 16);
       }
-    });
+    }
     copy_commit();
     copy_wait(0);
-    __syncwarp();
+    barrier(kMultiplyBarrier, kMultiplyThreads);
+  }
+
+  // Σ x over each group and token, by mma against ones.
+  static __device__ void sum_x(const TokenTile (&x)[kTokenTiles], uint32_t smem_sums, int groups, int warp, int lane) {
     if constexpr (Format::kNeedsXSums) {
       using T = typename Format::Element;
       const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
-      for_units(args, work, warp, [&](int unit) {
+#pragma unroll 2
+      for (int group = warp; group < groups; group += kWarps) {
 #pragma unroll
-        for (int group = 0; group < kGroupsPerUnit; ++group) {
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          float sum[2][4] = {};
 #pragma unroll
-          for (int tile = 0; tile < kTokenTiles; ++tile) {
-            float sum[4] = {};
-#pragma unroll
-            for (int pair = 0; pair < Format::kGroupSteps / 2; ++pair) {
-              uint32_t b[4];
-              x[tile].load(b, unit * kUnitBytes + (group * Format::kGroupSteps / 2 + pair) * 64);
-              mma_m16n8k16<T>(sum, ones, b[0], b[1]);
-              mma_m16n8k16<T>(sum, ones, b[2], b[3]);
-            }
-            if (lane < 4) {
-              const uint32_t to = smem_sums + ((unit * kGroupsPerUnit + group) * kTokenTiles + tile) * 32 + lane * 8;
-              store_smem_float(to, sum[0]);
-              store_smem_float(to + 4, sum[1]);
-            }
+          for (int pair = 0; pair < Format::kGroupSteps / 2; ++pair) {
+            uint32_t b[4];
+            x[tile].load(b, (group * Format::kGroupSteps / 2 + pair) * 64);
+            mma_m16n8k16<T>(sum[0], ones, b[0], b[1]);
+            mma_m16n8k16<T>(sum[1], ones, b[2], b[3]);
+          }
+          if (lane < 4) {
+            const uint32_t to = smem_sums + (group * kTokenTiles + tile) * 32 + lane * 8;
+            store_smem_float(to, sum[0][0] + sum[1][0]);
+            store_smem_float(to + 4, sum[0][1] + sum[1][1]);
           }
         }
-      });
-      __syncwarp();
+      }
+      barrier(kMultiplyBarrier, kMultiplyThreads);
     }
   }
 
@@ -373,14 +363,15 @@ struct DecodeMatmul {
   }
 
   static __device__ void multiply(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t ring, uint32_t full,
-                                  uint32_t empty, uint32_t slots, int warp, int lane) {
+                                   uint32_t empty, uint32_t slots, int warp, int lane) {
+    load_x(args, work, base);
     TokenTile x[kTokenTiles];
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {  // absent tokens repeat the last one and are not stored
       x[tile].address = base + min(8 * tile + lane % 8, args.m - 1) * args.x_pitch + lane / 8 * 16;
     }
     const uint32_t x_sums = base + args.smem_sums;
-    load_x(args, work, base, x_sums, x, warp, lane);
+    sum_x(x, x_sums, (work.end - work.begin) * kGroupsPerUnit, warp, lane);
 
     RingPosition at;
     for (int set = 0; set < work.sets; ++set) {
@@ -390,10 +381,10 @@ struct DecodeMatmul {
         const uint32_t stage = ring + at.stage * kTiles * work.tile_bytes;
         mbarrier_wait(full + at.stage * 8, at.parity);
         for (int u = count * warp / kWarps; u < count * (warp + 1) / kWarps; ++u) {
-          const int local = unit + u - work.begin;
-          Format::template multiply<kTiles, kTokenTiles>(
-              args, stage, work.tile_bytes, args.chunk_units, u, x, local * kUnit * Format::kXBytes,
-              x_sums + local * kGroupsPerUnit * kTokenTiles * 32, lane, sums);
+          const int local = unit + u - work.begin, k_bytes = local * kUnit * Format::kXBytes;
+          const uint32_t sums_of_x = x_sums + local * kGroupsPerUnit * kTokenTiles * 32;
+          Format::template multiply<kTiles, kTokenTiles>(args, stage, work.tile_bytes, args.chunk_units, u, x, k_bytes,
+                                                         sums_of_x, lane, sums);
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(empty + at.stage * 8);
@@ -455,11 +446,8 @@ struct DecodeMatmul {
       produce(args, work, ring, full, empty, lane);
     } else {
       wait_for_previous_kernel();
-      if (warp < kWarps) {
-        multiply(args, work, base, ring, full, empty, slots, warp, lane);
-      } else {
-        add_up(args, work, base, slots, lane);
-      }
+      warp < kWarps ? multiply(args, work, base, ring, full, empty, slots, warp, lane)
+                    : add_up(args, work, base, slots, lane);
     }
     if (work.ranks == 1) return;
 
@@ -481,7 +469,7 @@ struct DecodeMatmul {
 };
 
 template <class Format, int kTiles, int kTokenTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps + 64, kWarps <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps + 64, kTokenTiles == 1 ? 2 : 1)
     decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
   DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>::run(args);
@@ -526,7 +514,8 @@ bool launch_decode(const char* op, DecodeArgs args, int row_tiles, const DecodeP
   args.chunk_units = std::min(chunk, slice);
   args.stages = std::min(stages_of(args.chunk_units), kMaxStages);
   if (args.stages < 2) return false;
-  const int smem_bytes = args.smem_ring + args.stages * kTiles * tile_bytes_of<Format>(args.chunk_units);
+  const int stage_bytes = kTiles * tile_bytes_of<Format>(args.chunk_units);
+  const int smem_bytes = args.smem_ring + args.stages * stage_bytes;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   launch_clusters(op, kernel, clusters * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent, args,
                   context);

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/decode_matmul.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/wgmma_matmul.cuh"
 
 namespace fastinfer {
@@ -43,8 +44,8 @@ inline Epilogue tile_epilogue(const Tensor& y, const MatmulShape& shape, const s
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
 template <class Format, int kTiles, int kTokenTiles>
-bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, int smem_bytes, const LaunchContext& context) {
-  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, {ranks, smem_bytes}, context);
+bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan, const LaunchContext& context) {
+  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, plan, context);
 }
 
 template <class Format>
@@ -63,13 +64,15 @@ void run_decode(const TileProblem& p, const LaunchContext& context) {
   const bool wide = p.n >= 64 * context.limits().multiprocessors;
   int ranks = 1;
   while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
-  for (; ranks <= 8; ranks *= 2) {
+  DecodePlan plan{ranks, 0, wide ? 4 : 2, take_dependent_launch()};
+  for (; plan.ranks <= 8; plan.ranks *= 2) {
     for (const int smem : {half, limit}) {
       if (wide && smem == half) continue;
-      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, ranks, smem, context)
-                                         : try_decode<Format, 1, 1>(p, args, ranks, smem, context))
-                                 : (wide ? try_decode<Format, 2, 2>(p, args, ranks, smem, context)
-                                         : try_decode<Format, 1, 2>(p, args, ranks, smem, context));
+      plan.smem_bytes = smem;
+      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, plan, context)
+                                         : try_decode<Format, 1, 1>(p, args, plan, context))
+                                 : (wide ? try_decode<Format, 2, 2>(p, args, plan, context)
+                                         : try_decode<Format, 1, 2>(p, args, plan, context));
       if (done) return;
     }
   }
@@ -115,7 +118,7 @@ void run_wgmma(const TileProblem& p, const LaunchContext& context) {
       if (ns < best) best = ns, shape = s, ranks = r;
     }
   }
-  const WgmmaPlan plan{ranks};
+  const WgmmaPlan plan{ranks, take_dependent_launch()};
   switch (shape) {
     case 0:
       return launch_wgmma<Format, Y, 32, 4>(p.op, args, p.x, p.w, plan, context);

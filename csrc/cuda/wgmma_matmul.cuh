@@ -229,6 +229,7 @@ struct WgmmaMatmul {
   static constexpr int kScaleBytes = 4 * kConsumers * Scales::kBytes;
   static constexpr int kSumBytes = kRowsPerCta * kTokens * 4;  // where ranks split K
   static constexpr int kMaxStages = 8;
+  static constexpr int kDepth = 4;  // wgmmas under way
 
   static __host__ __device__ int ring_bytes(int stages, int ranks) {
     const int ring = stages * kStageBytes;
@@ -329,6 +330,7 @@ struct WgmmaMatmul {
     Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
     const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
     RingPosition at;
+    uint32_t a[kDepth][4];
     Accumulator sums[kTokens / 2];
     Tile tile = work.tile(work.first, group);
     if (work.first < work.tiles) scales.prefetch(my_tile(tile), work.begin);
@@ -357,18 +359,17 @@ struct WgmmaMatmul {
 #pragma unroll
         for (int i = 0; i < kStageBlocks; ++i) {
           const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes);
-          uint32_t a[2][4];
 #pragma unroll
           for (int step = 0; step < Format::kSteps; ++step) {
             constexpr int kStepK = Format::kBlockK / Format::kSteps;
             Format::make_a(words[i], step, factors[(i * Format::kBlockK + step * kStepK) / Format::kGroup],
-                           a[step % 2]);
+                           a[step % kDepth]);
             wgmma_fence();
-            wgmma<typename Format::Element, kTokens>(sums, a[step % 2], b + step * 2,
+            wgmma<typename Format::Element, kTokens>(sums, a[step % kDepth], b + step * 2,
                                                      block > work.begin || i > 0 || step > 0);
             wgmma_commit();
-            wgmma_wait<1>();  // the one before this is done, and its fragment free
-            if (i == 0 && step == 0 && last_stage >= 0) release(last_stage);
+            wgmma_wait<kDepth - 1>();  // the oldest is done, and its fragment free
+            if (i == 0 && step == kDepth - 2 && last_stage >= 0) release(last_stage);
           }
         }
         last_stage = at.stage;

@@ -1,0 +1,27 @@
+#include "cuda/dependent_launch.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+namespace fastinfer {
+
+enum class DependentLaunch { kOff, kFromTheNext, kOn };
+static thread_local DependentLaunch state = DependentLaunch::kOff;
+
+bool take_dependent_launch() {
+  const bool now = state == DependentLaunch::kOn;
+  if (state == DependentLaunch::kFromTheNext) state = DependentLaunch::kOn;
+  return now;
+}
+
+// Returns whether it was on before.
+bool dependent_launch(bool on) {
+  const bool before = state != DependentLaunch::kOff;
+  state = on ? DependentLaunch::kFromTheNext : DependentLaunch::kOff;
+  return before;
+}
+
+}  // namespace fastinfer
+
+STABLE_TORCH_LIBRARY_IMPL(fastinfer, CompositeExplicitAutograd, m) {
+  m.impl("dependent_launch", TORCH_BOX(&fastinfer::dependent_launch));
+}

@@ -1,0 +1,50 @@
+"""Kernels that start before the previous one has finished."""
+
+import pytest
+import torch
+from test_int4_matmul import make
+
+from fastinfer.ops import int4_matmul
+from fastinfer.ops.launch import dependent_launch
+from fastinfer.ops.layout import ROW, TILE_W4A16, convert, native_layout
+
+
+def test_does_nothing_without_a_gpu():
+    x, *packed, bias = make(2, 32, 64, 32, torch.float32, "cpu")
+    with dependent_launch():
+        out = int4_matmul(x, *packed, bias)
+    assert torch.equal(out, int4_matmul(x, *packed, bias))
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+def test_a_captured_chain_gives_the_same_bits(m, device, native):
+    """Every kernel reads what the one before wrote, through memory that is overwritten with NaN before each replay."""
+    if native_layout(torch.device(device), "w4a16", 1024, 1024, torch.bfloat16) != TILE_W4A16:
+        pytest.skip("no tile kernels for this device")
+    layers = []
+    for _ in range(6):
+        _, *packed, _ = make(m, 1024, 1024, 128, torch.bfloat16, device)
+        packed[1] = packed[1] * 0.02
+        layers.append([convert(t, ROW, TILE_W4A16) for t in packed])
+    x = torch.randn(m, 1024, device=device).bfloat16()
+
+    def chain():
+        outs = [x]
+        for layer in layers:
+            outs.append(int4_matmul(outs[-1], *layer, None, TILE_W4A16))
+        return outs[1:]
+
+    plain = chain()
+    assert all(torch.isfinite(out).all() for out in plain)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), dependent_launch():
+        chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with dependent_launch(), torch.cuda.graph(graph):
+        chained = chain()
+    for _ in range(200):
+        for out in chained:
+            out.fill_(float("nan"))
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(plain, chained, strict=True))
