@@ -229,7 +229,7 @@ struct WgmmaMatmul {
   static constexpr int kScaleBytes = 4 * kConsumers * Scales::kBytes;
   static constexpr int kSumBytes = kRowsPerCta * kTokens * 4;  // where ranks split K
   static constexpr int kMaxStages = 8;
-  static constexpr int kDepth = 4;  // wgmmas under way
+  static constexpr int kBatchSteps = kStageBlocks * Format::kSteps / 2;
 
   static __host__ __device__ int ring_bytes(int stages, int ranks) {
     const int ring = stages * kStageBytes;
@@ -330,7 +330,7 @@ struct WgmmaMatmul {
     Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
     const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
     RingPosition at;
-    uint32_t a[kDepth][4];
+    uint32_t a[2][kBatchSteps][4];
     Accumulator sums[kTokens / 2];
     Tile tile = work.tile(work.first, group);
     if (work.first < work.tiles) scales.prefetch(my_tile(tile), work.begin);
@@ -356,21 +356,25 @@ struct WgmmaMatmul {
         for (int i = 0; i < kStageBlocks; ++i) {
           Format::load_words(my_words + at.stage * kStageBytes + i * kWeightBytes, lane, words[i]);
         }
+        // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made.
 #pragma unroll
-        for (int i = 0; i < kStageBlocks; ++i) {
-          const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes);
+        for (int batch = 0; batch < 2; ++batch) {
 #pragma unroll
-          for (int step = 0; step < Format::kSteps; ++step) {
+          for (int j = 0; j < kBatchSteps; ++j) {
+            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
             constexpr int kStepK = Format::kBlockK / Format::kSteps;
-            Format::make_a(words[i], step, factors[(i * Format::kBlockK + step * kStepK) / Format::kGroup],
-                           a[step % kDepth]);
-            wgmma_fence();
-            wgmma<typename Format::Element, kTokens>(sums, a[step % kDepth], b + step * 2,
-                                                     block > work.begin || i > 0 || step > 0);
-            wgmma_commit();
-            wgmma_wait<kDepth - 1>();  // the oldest is done, and its fragment free
-            if (i == 0 && step == kDepth - 2 && last_stage >= 0) release(last_stage);
+            Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
           }
+          wgmma_fence();
+#pragma unroll
+          for (int j = 0; j < kBatchSteps; ++j) {
+            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
+            const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes) + step * 2;
+            wgmma<typename Format::Element, kTokens>(sums, a[batch][j], b, block > work.begin || s > 0);
+          }
+          wgmma_commit();
+          wgmma_wait<1>();  // the other batch is done, and its fragments free
+          if (batch == 0 && last_stage >= 0) release(last_stage);
         }
         last_stage = at.stage;
         at.advance(args.stages);
