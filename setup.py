@@ -92,6 +92,15 @@ def write_stub() -> None:
     subprocess.run([*command, "-o", f"{STUBS}/{name}"], check=True)
 
 
+def drop_stale_objects() -> None:
+    """Removes CUDA objects that are older than a header: torch's ninja rule for nvcc does not track headers."""
+    headers = [p for s in ("*.h", "*.cuh") for p in (ROOT / "csrc").rglob(s)]
+    newest = max(p.stat().st_mtime for p in headers)
+    for built in (ROOT / OBJECTS / "csrc" / "cuda").glob("*.o"):
+        if built.stat().st_mtime < newest:
+            built.unlink()
+
+
 def native() -> dict:
     """setup()'s arguments for the libraries. Torch is imported here: an sdist or the metadata do not need it."""
     from torch.utils import cpp_extension
@@ -109,6 +118,7 @@ def native() -> dict:
             self.at = ext.name
             if ext.name == "fastinfer._cuda":
                 write_stub()
+                drop_stale_objects()
             super().build_extension(ext)
 
         def build_extensions(self):

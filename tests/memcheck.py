@@ -16,7 +16,7 @@ import torch
 from matmul_cases import DTYPES, TILE_SHAPES, check_float_matmul
 
 from fastinfer import ops
-from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A8, TILE_W8A16, convert, native_layout
+from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A16, convert, native_layout
 
 ROWS = [1, 3, 8, 9, 17, 33, 70, 200]
 COLUMNS = [1, 33, 130]
@@ -35,7 +35,8 @@ def check_tiles(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> int:
     out = ops.int8_matmul(x.to(device), *there(TILE_W8A16, w, w_scale, bias), TILE_W8A16).cpu()
     check_float_matmul(out, x, weight, bias)
     scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
-    out = ops.int8_scaled_matmul(x.to(device), *there(TILE_W8A8, w, w_scale, bias), TILE_W8A8).cpu()
+    layout = native_layout(torch.device(device), "w8a8", n, k, torch.bfloat16)
+    out = ops.int8_scaled_matmul(x.to(device), *there(layout, w, w_scale, bias), layout).cpu()
     tolerance.assert_within(out, scaled(*case, dtype=torch.float64), scaled(*case))
     for g in (32, 64, 128):
         x, *packed, bias = int4_cases.make(m, n, k, g, dtype, "cpu")

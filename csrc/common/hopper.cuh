@@ -31,6 +31,16 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// On the same barrier of the CTA of rank `rank` in the cluster. Orders reads of shared memory before what the copy engine
+// writes there next, no more: a release to the cluster's scope would cost hundreds of cycles.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 // Until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   asm volatile(
@@ -70,6 +80,15 @@ __device__ __forceinline__ void tensor_copy(uint32_t smem, const void* map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(
           smem),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// The same to every CTA of the cluster that `ranks` has a bit for, at the same address, completing on each one's barrier.
+__device__ __forceinline__ void tensor_copy_multicast(uint32_t smem, const void* map, int column, int row,
+                                                      uint32_t barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(smem),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {

@@ -363,7 +363,7 @@ struct DecodeMatmul {
   }
 
   static __device__ void multiply(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t ring, uint32_t full,
-                                   uint32_t empty, uint32_t slots, int warp, int lane) {
+                                  uint32_t empty, uint32_t slots, int warp, int lane) {
     load_x(args, work, base);
     TokenTile x[kTokenTiles];
 #pragma unroll

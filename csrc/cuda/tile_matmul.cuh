@@ -91,8 +91,8 @@ constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
 // Clusters of `ranks` blocks that run at once, one block a multiprocessor.
 template <class Format, typename Y>
 int wgmma_clusters(int ranks, const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, 128, 2>;
-  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2>, Kernel::kThreads, ranks,
+  using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1>;
+  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1>, Kernel::kThreads, ranks,
                            Kernel::smem_bytes(3, ranks), context);
 }
 
@@ -121,15 +121,16 @@ void run_wgmma(const TileProblem& p, const LaunchContext& context) {
   const WgmmaPlan plan{ranks, take_dependent_launch()};
   switch (shape) {
     case 0:
-      return launch_wgmma<Format, Y, 32, 4>(p.op, args, p.x, p.w, plan, context);
+      return launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
     case 1:
-      return launch_wgmma<Format, Y, 64, 4>(p.op, args, p.x, p.w, plan, context);
+      return launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
     case 2:
-      return launch_wgmma<Format, Y, 64, 2>(p.op, args, p.x, p.w, plan, context);
+      return launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
     case 3:
-      return launch_wgmma<Format, Y, 128, 2>(p.op, args, p.x, p.w, plan, context);
-    default:
-      return launch_wgmma<Format, Y, 256, 2>(p.op, args, p.x, p.w, plan, context);
+      return launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
+    default:  // with many tiles the L2 is the bound, and neighbours that share x spare it
+      return p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
+                           : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
   }
 }
 

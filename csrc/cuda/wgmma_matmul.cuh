@@ -11,6 +11,7 @@
 //                     w  kStageBlocks × 4 · kConsumers row tiles
 //
 //           The ranks of a cluster share a tile, each a slice of K; their sums meet in shared memory, added in their order.
+//           The members of a rank have neighbouring rows: each copies its part of x to all of them, which spares the L2.
 // Bound     memory below M ≈ 100, then wgmma
 // Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
 #pragma once
@@ -66,6 +67,7 @@ struct Int4Wgmma {
   using Element = T;
   using Accumulator = float;
   static constexpr int kSteps = 4, kTileBytes = 512, kBlockK = 64, kGroup = kG;
+  static constexpr bool kDirect = false;  // words from shared memory become fragments in registers
   static constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
   static constexpr float kExponent = kBFloat16 ? 128.f : 1024.f;
@@ -173,6 +175,7 @@ struct Int8Wgmma {
   using Element = T;
   using Accumulator = float;
   static constexpr int kSteps = 4, kTileBytes = 1024, kBlockK = 64, kGroup = 128;
+  static constexpr bool kDirect = false;
   using Factors = NoScales::Factors;
   using Scales = NoScales;
   static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[8]) {
@@ -191,25 +194,14 @@ struct Int8x8Wgmma {
   using Element = int8_t;
   using Accumulator = int32_t;
   static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
+  static constexpr bool kDirect = true;  // what lies in shared memory is the fragments
   using Factors = NoScales::Factors;
   using Scales = NoScales;
-  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[16]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint4 v = load_smem16(tile + i * 512 + lane * 16);
-      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    }
-  }
-  static __device__ __forceinline__ void make_a(const uint32_t (&words)[16], int step, const Factors&,
-                                                uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = words[4 * step + i];
-  }
 };
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
 
-template <class Format, typename Y, int kTokens, int kConsumers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
 struct WgmmaMatmul {
   using Accumulator = typename Format::Accumulator;
   using Scales = typename Format::Scales;
@@ -246,15 +238,16 @@ struct WgmmaMatmul {
   };
   struct Work {
     const WgmmaArgs& args;
-    int ranks, rank;  // of the cluster
-    int first, step;  // tiles of this cluster
+    int ranks, rank, member;  // of the cluster
+    int first, step;          // tiles of this cluster
     int tiles;
     int begin, end;  // blocks of K
     bool gated;
     __device__ explicit Work(const WgmmaArgs& a) : args(a) {
-      ranks = cluster_size(), rank = cluster_rank();
-      first = blockIdx.x / ranks, step = gridDim.x / ranks;
-      tiles = a.row_blocks * a.token_tiles;
+      const int size = cluster_size(), at = cluster_rank();
+      ranks = size / kMembers, rank = at / kMembers, member = at % kMembers;
+      first = blockIdx.x / size, step = gridDim.x / size;
+      tiles = (a.row_blocks + kMembers - 1) / kMembers * a.token_tiles;
       const int units = a.blocks * Format::kBlockK / 128;  // K is split by 128, so that no group is
       begin = units * rank / ranks * (128 / Format::kBlockK);
       end = units * (rank + 1) / ranks * (128 / Format::kBlockK);
@@ -267,8 +260,8 @@ struct WgmmaMatmul {
       return group / kHalf * (args.row_tiles / 2) + (row_block * kHalf + group % kHalf) * 4;
     }
     __device__ __forceinline__ Tile tile(int index, int group) const {
-      const int row_block = index / args.token_tiles;
-      return {(index - row_block * args.token_tiles) * kTokens, row_tile(row_block, group), row_block};
+      const int row_group = index / args.token_tiles, row_block = row_group * kMembers + member;
+      return {(index - row_group * args.token_tiles) * kTokens, row_tile(row_block, group), row_block};
     }
   };
 
@@ -285,8 +278,14 @@ struct WgmmaMatmul {
     const auto copy_x = [&](const Tile& tile, int block, int stage) {
 #pragma unroll
       for (int i = 0; i < kStageBlocks; ++i) {
-        tensor_copy(ring + stage * kStageBytes + i * kXBytes, &args.x_map, (block + i) * Format::kBlockK, tile.token0,
-                    full + stage * 8);
+        const int column = (block + i) * Format::kBlockK, part = kTokens / kMembers * work.member;
+        const uint32_t to = ring + stage * kStageBytes + i * kXBytes + part * 128;
+        if constexpr (kMembers == 1) {
+          tensor_copy(to, &args.x_map, column, tile.token0, full + stage * 8);
+        } else {
+          const uint16_t all = ((1 << kMembers) - 1) << (work.rank * kMembers);
+          tensor_copy_multicast(to, &args.x_map, column, tile.token0 + part, full + stage * 8, all);
+        }
       }
     };
     // The first stages' weights do not wait for the previous kernel.
@@ -325,7 +324,11 @@ struct WgmmaMatmul {
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
     const auto release = [&](int stage) {
-      if (thread == 0) mbarrier_arrive(empty + stage * 8);
+      if constexpr (kMembers == 1) {
+        if (thread == 0) mbarrier_arrive(empty + stage * 8);
+      } else {
+        if (thread < kMembers) mbarrier_arrive_at(empty + stage * 8, work.rank * kMembers + thread);
+      }
     };
     Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
     const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
@@ -351,19 +354,26 @@ struct WgmmaMatmul {
           factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
         }
         mbarrier_wait(full + at.stage * 8, at.parity);
+        const uint32_t from = my_words + at.stage * kStageBytes;
         uint32_t words[kStageBlocks][kWords];
+        if constexpr (!Format::kDirect) {
 #pragma unroll
-        for (int i = 0; i < kStageBlocks; ++i) {
-          Format::load_words(my_words + at.stage * kStageBytes + i * kWeightBytes, lane, words[i]);
+          for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
         }
-        // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made.
+        // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
+        // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
 #pragma unroll
         for (int batch = 0; batch < 2; ++batch) {
 #pragma unroll
           for (int j = 0; j < kBatchSteps; ++j) {
             const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-            constexpr int kStepK = Format::kBlockK / Format::kSteps;
-            Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+            if constexpr (Format::kDirect) {
+              const uint4 v = load_smem16(from + i * kWeightBytes + step * 512 + lane * 16);
+              a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
+            } else {
+              constexpr int kStepK = Format::kBlockK / Format::kSteps;
+              Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+            }
           }
           wgmma_fence();
 #pragma unroll
@@ -511,7 +521,8 @@ struct WgmmaMatmul {
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[i] = 0;
       for (int r = 0; r < work.ranks; ++r) {
-        const uint4 v = load_cluster16(map_to_rank(ring + (j * 128 * kConsumers + thread) * 16, r));
+        const uint4 v =
+            load_cluster16(map_to_rank(ring + (j * 128 * kConsumers + thread) * 16, r * kMembers + work.member));
         const auto* values = reinterpret_cast<const Accumulator*>(&v);
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[i] += values[i];
@@ -530,11 +541,16 @@ struct WgmmaMatmul {
       prefetch_tensor_map(&args.w_map);
       for (int s = 0; s < args.stages; ++s) {
         mbarrier_init(full + s * 8, 1);
-        mbarrier_init(empty + s * 8, kConsumers);
+        mbarrier_init(empty + s * 8, kConsumers * kMembers);
       }
       mbarrier_init_fence();
     }
-    __syncthreads();
+    const bool clustered = work.ranks * kMembers > 1;
+    if (clustered) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
     let_next_kernel_start();
     // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 112 · 512 ≤ 96 · 640.
     if (threadIdx.x < 128) {
@@ -546,32 +562,32 @@ struct WgmmaMatmul {
       take_registers<kConsumers == 2 ? 232 : 112>();
       consume(work, ring, out, scale_smem, full, empty);
     }
-    if (work.ranks > 1) cluster_sync();  // nobody leaves while its sums are being read
+    if (clustered) cluster_sync();  // nobody leaves while the others read its sums or arrive on its barriers
   }
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
 __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
     wgmma_matmul_kernel(const __grid_constant__ WgmmaArgs args) {
 #ifdef FASTINFER_SM90A
-  WgmmaMatmul<Format, Y, kTokens, kConsumers>::run(args);
+  WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>::run(args);
 #endif
 }
 
 // ---- launch -------------------------------------------------------------------------------------------------------------
 
 struct WgmmaPlan {
-  int ranks = 1;           // CTAs that split K
+  int ranks = 1;           // that split K
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
 void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w, const WgmmaPlan& plan,
                   const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers>;
+  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>;
   const bool gated = args.epilogue.gate != Gate::kNone;
   args.blocks = static_cast<int>(x.size(1)) / Format::kBlockK;
-  args.x_map = token_map(op, x, kTokens);
+  args.x_map = token_map(op, x, kTokens / kMembers);
   args.w_map = weight_map(op, w, args.row_tiles, args.blocks, Format::kTileBytes);
   const int block_tiles = gated ? Kernel::kTilesPerCta / 2 : Kernel::kTilesPerCta;
   args.row_blocks = ((gated ? args.row_tiles / 2 : args.row_tiles) + block_tiles - 1) / block_tiles;
@@ -581,12 +597,15 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   args.stages = 2;
   while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, ranks) <= limit) ++args.stages;
   const int smem_bytes = Kernel::smem_bytes(args.stages, ranks);
-  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers>;
+  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   // Ranks that split K make one tile only: their ring becomes the place where their sums meet.
-  const int64_t tiles = int64_t(args.row_blocks) * args.token_tiles;
-  const int64_t clusters = ranks > 1 ? tiles : std::min<int64_t>(tiles, context.limits().multiprocessors);
-  launch_clusters(op, kernel, clusters * ranks, Kernel::kThreads, ranks, smem_bytes, plan.dependent, args, context);
+  const int64_t tiles = int64_t((args.row_blocks + kMembers - 1) / kMembers) * args.token_tiles;
+  const int size = ranks * kMembers;
+  const int64_t clusters =
+      ranks > 1 ? tiles
+                : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context));
+  launch_clusters(op, kernel, clusters * size, Kernel::kThreads, size, smem_bytes, plan.dependent, args, context);
 }
 
 }  // namespace fastinfer
