@@ -74,6 +74,7 @@ def arch_flags(nvcc: Path) -> list[str]:
     flags = []
     for arch in [a for a in listed if a] or [*default[:-1], default[-1] + "+PTX"]:
         number = arch.removesuffix("+PTX").replace(".", "")
+        number = "90a" if number == "90" else number  # the kernels of 9.0 use what plain 9.0 lacks
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

@@ -26,6 +26,7 @@ TILE_SHAPES = [
 ]
 TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), (129, 256, 384), (300, 1040, 2048)]
 TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
+TILE_SHAPES += [(16, 72000, 4096), (16, 256, 53248)]  # too large for decode_matmul's shared memory
 
 
 def layouts(kind: str, w: torch.Tensor, k: int, dtype: torch.dtype) -> list[str]:

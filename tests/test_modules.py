@@ -264,3 +264,33 @@ def test_embedding_is_a_plain_mapping_of_tensors():
     embedding = Int8Embedding(head.weight, head.weight_scale, like=torch.float32, layout=head.layout)
     assert isinstance(embedding, nn.Embedding)
     assert set(embedding.state_dict()) == {"weight", "weight_scale"}
+
+
+def test_a_weight_replaced_alone_goes_with_scales_in_another_order(device):
+    """As accelerate's cpu_offload does: the weight comes from the state dict, the buffers stay."""
+    head = Int4Linear.from_float(linear(64, 256)).to(device)
+    x = torch.randn(3, 256, device=device)
+    expected = head(x)
+    head.weight = nn.Parameter(head.state_dict()["weight"], requires_grad=False)
+    assert head.layout == ROW
+    torch.testing.assert_close(head(x), expected)
+    torch.testing.assert_close(head.dequantize(), copy.deepcopy(head).dequantize())
+
+
+def test_a_conversion_that_fails_leaves_the_module_as_it_was(monkeypatch):
+    from fastinfer.modules import quantized
+
+    head = Int4Linear.from_float(linear(64, 256))
+    before, layout, calls = head.dequantize(), head.layout, []
+
+    def fail_at_the_third(t, source, target):
+        calls.append(t)
+        if len(calls) == 3 * 2:
+            raise torch.OutOfMemoryError("simulated")
+        return convert(t, source, target)
+
+    monkeypatch.setattr(quantized, "convert", fail_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        head.use_layout("tile_w4a16")
+    monkeypatch.undo()
+    assert head.layout == layout and torch.equal(head.dequantize(), before)

@@ -169,29 +169,6 @@ inline void check_launch(const char* op) {
 
 // ---- launches of compute capability 9.0 -------------------------------------------------------------------------------
 
-// A launch with clusters of `ranks` blocks; `dependent` lets it start before the previous kernel of the stream has finished.
-template <typename Args>
-void launch_hopper(const char* op, void (*kernel)(Args), int64_t blocks, int threads, int ranks, int smem_bytes,
-                   bool dependent, const Args& args, const LaunchContext& context) {
-  FASTINFER_CHECK(op, blocks > 0 && blocks < (int64_t(1) << 31), "the matrices are too large: ", blocks, " blocks");
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = context.stream();
-  config.attrs = attributes;
-  config.numAttrs = dependent ? 2 : 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
-}
-
-// ---- launches of compute capability 9.0 -------------------------------------------------------------------------------
-
 struct LaunchConfig {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
@@ -234,7 +211,8 @@ int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_byt
   if (count == 0) {
     LaunchConfig launch;
     configure(launch, ranks, threads, ranks, smem_bytes, false, nullptr);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
     count = std::max(1, std::min(count, limit));
   }

@@ -9,7 +9,7 @@
 
 #include "common/mma.cuh"
 
-// Kernels are empty for other architectures, which never launch them.
+// Kernels only trap on other architectures, which never launch them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTINFER_SM90A 1
 #endif

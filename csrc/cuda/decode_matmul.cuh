@@ -473,6 +473,8 @@ __global__ void __launch_bounds__(32 * kWarps + 64, kTokenTiles == 1 ? 2 : 1)
     decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
   DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>::run(args);
+#else
+  __trap();  // rather than leave y as it was
 #endif
 }
 
@@ -516,7 +518,8 @@ bool launch_decode(const char* op, DecodeArgs args, int row_tiles, const DecodeP
   if (args.stages < 2) return false;
   const int stage_bytes = kTiles * tile_bytes_of<Format>(args.chunk_units);
   const int smem_bytes = args.smem_ring + args.stages * stage_bytes;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
   launch_clusters(op, kernel, clusters * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent, args,
                   context);
   return true;

@@ -104,6 +104,7 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
   check_cuda_layout(op, layout, "tile_w8a8");
   FASTINFER_CHECK(op, shape.k <= 131072, "K must be at most 131072 for exact int32 sums, got ", shape.k);
   const LaunchContext context(op, x);
+  if (layout != "row") check_tile_layout(op, shape, layout, context);
   Tensor y = empty_output(x, shape.n);
   if (shape.m == 0 || shape.n == 0) return y;
 
@@ -123,7 +124,6 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
   check_launch(op);
 
   if (layout != "row") {
-    check_tile_layout(op, shape, layout, context);
     TileProblem p{op, q, rows_w.const_data_ptr()};
     p.epilogue = tile_epilogue(y, shape, bias);
     p.epilogue.x_scale = static_cast<const float*>(x_scale.const_data_ptr());

@@ -48,8 +48,9 @@ bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& 
   return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, plan, context);
 }
 
+// False where x or the sums that ranks exchange do not fit the shared memory.
 template <class Format>
-void run_decode(const TileProblem& p, const LaunchContext& context) {
+bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& context) {
   DecodeArgs args;
   args.x = p.x.const_data_ptr();
   args.x_stride = int64_t(p.k) * Format::kXBytes;
@@ -64,7 +65,7 @@ void run_decode(const TileProblem& p, const LaunchContext& context) {
   const bool wide = p.n >= 64 * context.limits().multiprocessors;
   int ranks = 1;
   while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
-  DecodePlan plan{ranks, 0, wide ? 4 : 2, take_dependent_launch()};
+  DecodePlan plan{ranks, 0, wide ? 4 : 2, dependent};
   for (; plan.ranks <= 8; plan.ranks *= 2) {
     for (const int smem : {half, limit}) {
       if (wide && smem == half) continue;
@@ -73,10 +74,10 @@ void run_decode(const TileProblem& p, const LaunchContext& context) {
                                          : try_decode<Format, 1, 1>(p, args, plan, context))
                                  : (wide ? try_decode<Format, 2, 2>(p, args, plan, context)
                                          : try_decode<Format, 1, 2>(p, args, plan, context));
-      if (done) return;
+      if (done) return true;
     }
   }
-  FASTINFER_CHECK(p.op, false, "K = ", p.k, " is too large for ", p.m, " tokens");
+  return false;
 }
 
 // ---- many tokens ------------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ int wgmma_clusters(int ranks, const LaunchContext& context) {
 }
 
 template <class Format, typename Y>
-void run_wgmma(const TileProblem& p, const LaunchContext& context) {
+void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& context) {
   WgmmaArgs args;
   args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
   args.epilogue = p.epilogue;
@@ -106,7 +107,7 @@ void run_wgmma(const TileProblem& p, const LaunchContext& context) {
   int shape = 0, ranks = 1;
   int64_t best = INT64_MAX;
   for (int r = 1; r <= 4; ++r) {
-    if (r > p.k / 256) break;
+    if (r > 1 && r > p.k / 256) break;
     const int clusters = wgmma_clusters<Format, Y>(r, context);
     for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
       const WgmmaShape& candidate = kWgmmaShapes[s];
@@ -118,7 +119,7 @@ void run_wgmma(const TileProblem& p, const LaunchContext& context) {
       if (ns < best) best = ns, shape = s, ranks = r;
     }
   }
-  const WgmmaPlan plan{ranks, take_dependent_launch()};
+  const WgmmaPlan plan{ranks, dependent};
   switch (shape) {
     case 0:
       return launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
@@ -138,7 +139,9 @@ constexpr int kDecodeTokens = 16;
 
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
-  p.m <= kDecodeTokens ? run_decode<Decode>(p, context) : run_wgmma<Wgmma, Y>(p, context);
+  const bool dependent = take_dependent_launch();
+  if (p.m <= kDecodeTokens && run_decode<Decode>(p, dependent, context)) return;
+  run_wgmma<Wgmma, Y>(p, dependent, context);
 }
 
 }  // namespace fastinfer

@@ -571,6 +571,8 @@ __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
     wgmma_matmul_kernel(const __grid_constant__ WgmmaArgs args) {
 #ifdef FASTINFER_SM90A
   WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>::run(args);
+#else
+  __trap();  // rather than leave y as it was
 #endif
 }
 
@@ -598,7 +600,7 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, ranks) <= limit) ++args.stages;
   const int smem_bytes = Kernel::smem_bytes(args.stages, ranks);
   const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   // Ranks that split K make one tile only: their ring becomes the place where their sums meet.
   const int64_t tiles = int64_t((args.row_blocks + kMembers - 1) / kMembers) * args.token_tiles;
   const int size = ranks * kMembers;

@@ -176,12 +176,12 @@ class Int4Linear(QuantizedLinear):
         return self.in_features // self.weight_scale.shape[1]
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.int4_matmul(x, self.weight, self.weight_scale, self.weight_zero, self._bias_for(x), self.layout)
+        scale, zero = (self._in_layout(name, self.layout) for name in self.scales)
+        return ops.int4_matmul(x, self.weight, scale, zero, self._bias_for(x), self.layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return dequantize_int4(
-            self.weight, self.weight_scale, self.weight_zero, self.layout, dtype or self.compute_dtype
-        )
+        scale, zero = (self._in_layout(name, self.layout) for name in self.scales)
+        return dequantize_int4(self.weight, scale, zero, self.layout, dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"

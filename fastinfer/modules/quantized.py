@@ -55,12 +55,18 @@ class QuantizedModule(nn.Module):
         return self.weight.nbytes + sum(getattr(self, name).nbytes for name in self.scales)
 
     def use_layout(self, layout: str) -> None:
-        """Reorders the packed tensors in memory, unless a module that shares the weight has done so."""
+        """Reorders the packed tensors in memory, unless a module that shares the weight has done so; all or none."""
         current = self.layout
-        for name in self.laid_out if current != layout else ():
-            tensor = getattr(self, name)
-            tensor.data = convert(tensor.data, current, layout)
-        setattr(self.weight, MARK, layout)
+        names = self.laid_out if current != layout else ()
+        for name, converted in [(name, convert(self._in_layout(name, current), current, layout)) for name in names]:
+            getattr(self, name).data = converted
+        for name in self.laid_out:
+            setattr(getattr(self, name), MARK, layout)
+
+    def _in_layout(self, name: str, layout: str) -> torch.Tensor:
+        """The tensor `name` in the order `layout`. Who replaces the weight alone (accelerate) leaves scales in theirs."""
+        tensor = getattr(self, name).detach()
+        return convert(tensor, getattr(getattr(self, name), MARK, layout), layout)
 
     def native_layout(self) -> str:
         """The order to hold the weights in on their device. Here, for weights that are only gathered: as they are, unless

@@ -30,7 +30,7 @@ _SCALE_CUT = (dict(T=-1, h=2, g=8, G=-1), "TGgh")
 
 
 @functools.cache
-def _has_tile_kernels(index: int | None) -> bool:
+def _has_tile_kernels(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
@@ -44,7 +44,10 @@ def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.
     fits = n % TILE_ROWS == 0 and k % TILE_COLUMNS == 0 and n > 0 and k > 0
     # fp32 x has kernels for the row layout alone; tile_w8a8 is not chosen before its tests have passed on a GPU again.
     row = dtype == torch.float32 or kind == "w8a8"
-    return f"tile_{kind}" if device.type == "cuda" and fits and not row and _has_tile_kernels(device.index) else ROW
+    if device.type != "cuda" or not fits or row:
+        return ROW
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"tile_{kind}" if _has_tile_kernels(index) else ROW
 
 
 def _nibbles(w: torch.Tensor) -> torch.Tensor:
@@ -119,12 +122,12 @@ def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor
         return w[ids]
     n, k = w.shape
     if layout in (TILE_W8A16, TILE_W8A8):
-        # Within a tile of 16·k bytes, 64 bytes a row of eight and as many places as it takes for the other half.
-        tile, g, h = ids // TILE_ROWS, ids % 8, ids % TILE_ROWS // 8
-        places = torch.arange(TILE_ROWS * k, device=ids.device).view(TILE_ROWS, k)
-        columns = _cut(places, _CUTS[layout], to_tile=False)
-        start = tile * (TILE_ROWS * k) + g * 64 + h * (columns[8, 0] - columns[0, 0])
-        return w.view(-1)[start[..., None] + columns[0]]
+        c = torch.arange(k, device=ids.device)
+        pairs = layout == TILE_W8A16
+        lane, rest = (c % 8 // 2, c % 16 // 8 * 4 + c % 2 * 2) if pairs else (c % 16 // 4, c % 4)
+        column = c // 32 * 512 + lane * 16 + c % 32 // 16 * 8 + rest
+        start = ids // TILE_ROWS * (TILE_ROWS * k) + ids % 8 * 64 + ids % TILE_ROWS // 8 * (1 if pairs else 4)
+        return w.view(-1)[start[..., None] + column]
     units = w.view(torch.int32).view(-1)
     whole, columns = n - n % PANEL, k // 4
     in_panel = ids < whole
