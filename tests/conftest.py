@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastinfer import _native
+from fastinfer.ops.layout import TILE_W4A16, native_layout
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -36,3 +37,10 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tiles(device, native):
+    """For tests of the tile layouts; all their shapes fit."""
+    if native_layout(torch.device(device), "w4a16", 16, 128, torch.bfloat16) != TILE_W4A16:
+        pytest.skip("no tile kernels for this device")

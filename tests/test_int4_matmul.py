@@ -16,7 +16,7 @@ from matmul_cases import (
 )
 
 from fastinfer.ops import int4_matmul
-from fastinfer.ops.layout import ROW, TILE_W4A16, convert, native_layout
+from fastinfer.ops.layout import ROW, TILE_W4A16, convert
 
 op = importlib.import_module("fastinfer.ops.int4_matmul")
 
@@ -54,9 +54,7 @@ def test_matches_fp64_on_real_shapes(m, n, k, g, device, native, poisoned):
 @pytest.mark.parametrize("scale_dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("g", [32, 64, 128])
 @pytest.mark.parametrize(("m", "n", "k"), TILE_SHAPES)
-def test_tile_layout_matches_fp64(m, n, k, g, scale_dtype, dtype, device, native, poisoned):
-    if native_layout(torch.device(device), "w4a16", n, k, torch.bfloat16) != TILE_W4A16:
-        pytest.skip("no tile kernels for this device")
+def test_tile_layout_matches_fp64(m, n, k, g, scale_dtype, dtype, device, tiles, poisoned):
     x, w, w_scale, w_zero, bias = make(m, n, k, g, dtype, device, scale_dtype=scale_dtype)
     packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
     weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
@@ -65,9 +63,7 @@ def test_tile_layout_matches_fp64(m, n, k, g, scale_dtype, dtype, device, native
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("m", [1, 16, 40, 200])
-def test_tile_layout_takes_zero_points_far_from_the_range(m, dtype, device, native):
-    if native_layout(torch.device(device), "w4a16", 64, 256, torch.bfloat16) != TILE_W4A16:
-        pytest.skip("no tile kernels for this device")
+def test_tile_layout_takes_zero_points_far_from_the_range(m, dtype, device, tiles):
     x, w, w_scale, w_zero, bias = make(m, 64, 256, 64, dtype, device)
     w_zero = (torch.rand_like(w_zero) - 0.5) * 600
     packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
@@ -76,9 +72,7 @@ def test_tile_layout_takes_zero_points_far_from_the_range(m, dtype, device, nati
 
 
 @pytest.mark.parametrize("m", [1, 16, 40, 200])
-def test_tile_layout_repeats_bit_for_bit(m, device, native):
-    if native_layout(torch.device(device), "w4a16", 512, 4096, torch.bfloat16) != TILE_W4A16:
-        pytest.skip("no tile kernels for this device")
+def test_tile_layout_repeats_bit_for_bit(m, device, tiles):
     x, *packed, bias = make(m, 512, 4096, 128, torch.bfloat16, device)
     packed = [convert(t, ROW, TILE_W4A16) for t in packed]
     first = int4_matmul(x, *packed, bias, TILE_W4A16)

@@ -110,6 +110,13 @@ __device__ __forceinline__ uint32_t bits(__nv_bfloat162 v) { return *reinterpret
 __device__ __forceinline__ __half2 as_half2(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 __device__ __forceinline__ __nv_bfloat162 as_bfloat162(uint32_t v) { return *reinterpret_cast<__nv_bfloat162*>(&v); }
 
+// The int8 in the low byte of each half: seven mantissa bits hold b & 127; the sign bit turns the subtrahend from 128 to 256.
+__device__ __forceinline__ uint32_t low_bytes_to_bfloat162(uint32_t v) {
+  const uint32_t low = lop3<kAndOr>(v, 0x007F007F, 0x43004300);
+  const uint32_t sign = lop3<kAndOr>(v, 0x00800080, 0x43004300);
+  return bits(__hsub2(as_bfloat162(low), as_bfloat162(sign)));
+}
+
 // Four int8 b0 … b3 to two pairs: out[0] = (b0, b1), out[1] = (b2, b3); exact.
 template <typename T>
 __device__ __forceinline__ void int8x4_to_pairs(uint32_t w, uint32_t (&out)[2]);
@@ -123,13 +130,8 @@ __device__ __forceinline__ void int8x4_to_pairs<__half>(uint32_t w, uint32_t (&o
 }
 template <>
 __device__ __forceinline__ void int8x4_to_pairs<__nv_bfloat16>(uint32_t w, uint32_t (&out)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {  // seven mantissa bits hold b & 127; the sign bit turns the subtrahend from 128 to 256
-    const uint32_t v = __byte_perm(w, 0, i == 0 ? 0x4140 : 0x4342);
-    const uint32_t low = lop3<kAndOr>(v, 0x007F007F, 0x43004300);
-    const uint32_t sign = lop3<kAndOr>(v, 0x00800080, 0x43004300);
-    out[i] = bits(__hsub2(as_bfloat162(low), as_bfloat162(sign)));
-  }
+  out[0] = low_bytes_to_bfloat162(__byte_perm(w, 0, 0x4140));
+  out[1] = low_bytes_to_bfloat162(__byte_perm(w, 0, 0x4342));
 }
 
 // Four int8 b0 … b3 to the pairs (b0, b2) and (b1, b3), which take no permutation; exact.
@@ -146,13 +148,8 @@ __device__ __forceinline__ void int8x4_to_interleaved_pairs<__half>(uint32_t w, 
 template <>
 __device__ __forceinline__ void int8x4_to_interleaved_pairs<__nv_bfloat16>(uint32_t w, uint32_t& first,
                                                                            uint32_t& second) {
-  const auto pair = [](uint32_t v) {  // as in int8x4_to_pairs
-    const uint32_t low = lop3<kAndOr>(v, 0x007F007F, 0x43004300);
-    const uint32_t sign = lop3<kAndOr>(v, 0x00800080, 0x43004300);
-    return bits(__hsub2(as_bfloat162(low), as_bfloat162(sign)));
-  };
-  first = pair(w);
-  second = pair(w >> 8);
+  first = low_bytes_to_bfloat162(w);
+  second = low_bytes_to_bfloat162(w >> 8);
 }
 
 // Eight 4-bit q0 … q7 (q0 lowest) to four pairs: out[i] = (q_i, q_(i+4)) + kInt4Offset<T>; exact.

@@ -148,19 +148,23 @@ struct Int4Decode {
   }
 };
 
-template <typename T>
-struct Int8Decode {
-  using Accumulator = float;
-  static constexpr int kXBytes = 2, kWeightBytes = 2048, kUnitBytes = kWeightBytes;
+struct Int8Units {  // what int8 weights are in memory, whatever they are multiplied by
+  static constexpr int kWeightBytes = 2048, kUnitBytes = kWeightBytes;
   static constexpr bool kNeedsXSums = false;
   static constexpr int kGroupSteps = 8;
-  using Element = T;
 
   static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
                                               uint32_t barrier, int lane) {
     if (lane != 0) return;
     bulk_copy_stream(smem, args.w + (int64_t(tile) * args.units + unit) * kWeightBytes, count * kWeightBytes, barrier);
   }
+};
+
+template <typename T>
+struct Int8Decode : Int8Units {
+  using Accumulator = float;
+  static constexpr int kXBytes = 2;
+  using Element = T;
 
   template <int kTiles, int kTokenTiles>
   static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,
@@ -190,18 +194,10 @@ struct Int8Decode {
   }
 };
 
-struct Int8x8Decode {
+struct Int8x8Decode : Int8Units {
   using Accumulator = int32_t;
-  static constexpr int kXBytes = 1, kWeightBytes = 2048, kUnitBytes = kWeightBytes;
-  static constexpr bool kNeedsXSums = false;
-  static constexpr int kGroupSteps = 8;
+  static constexpr int kXBytes = 1;
   using Element = int8_t;
-
-  static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
-                                              uint32_t barrier, int lane) {
-    if (lane != 0) return;
-    bulk_copy_stream(smem, args.w + (int64_t(tile) * args.units + unit) * kWeightBytes, count * kWeightBytes, barrier);
-  }
 
   template <int kTiles, int kTokenTiles>
   static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,

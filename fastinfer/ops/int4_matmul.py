@@ -14,7 +14,7 @@ from fastinfer.ops._common import (
     register_fake,
     run,
 )
-from fastinfer.ops.layout import ROW, TILE_W4A16, convert
+from fastinfer.ops.layout import ROW, TILE_W4A16, convert, pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -59,14 +59,12 @@ def int4_matmul(
 
 def unpack(w: torch.Tensor, layout: str = ROW) -> torch.Tensor:
     """q [N, K] int8, 0 … 15, from packed w [N, K/2]."""
-    bits = convert(w, layout, ROW).view(torch.uint8)
-    return torch.stack((bits & 15, bits >> 4), -1).flatten(1).view(torch.int8)
+    return unpack_nibbles(convert(w, layout, ROW)).view(torch.int8)
 
 
 def pack(q: torch.Tensor) -> torch.Tensor:
     """w [N, K/2] int8 in row layout from q [N, K] with values 0 … 15, K even."""
-    q = q.to(torch.uint8)
-    return (q[:, ::2] | q[:, 1::2] << 4).view(torch.int8)
+    return pack_nibbles(q.to(torch.uint8))
 
 
 def dequantize(w, w_scale, w_zero, layout: str = ROW, dtype=torch.float32) -> torch.Tensor:

@@ -50,12 +50,14 @@ def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.
     return f"tile_{kind}" if _has_tile_kernels(index) else ROW
 
 
-def _nibbles(w: torch.Tensor) -> torch.Tensor:
+def unpack_nibbles(w: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 2C], the low nibble of a byte before its high one, from int8 [N, C]."""
     bits = w.view(torch.uint8)
     return torch.stack((bits & 15, bits >> 4), -1).flatten(1)
 
 
-def _bytes(q: torch.Tensor) -> torch.Tensor:
+def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
+    """The int8 [N, C] that unpack_nibbles gives uint8 [N, 2C] for."""
     return (q[:, ::2] | q[:, 1::2] << 4).view(torch.int8)
 
 
@@ -81,7 +83,7 @@ def _tile(t: torch.Tensor, layout: str, to_tile: bool) -> torch.Tensor:
     if t.dtype != torch.int8:
         return _cut(t, _SCALE_CUT, to_tile)
     if layout == TILE_W4A16:
-        return _bytes(_cut(_nibbles(t), _CUTS[layout], to_tile))
+        return pack_nibbles(_cut(unpack_nibbles(t), _CUTS[layout], to_tile))
     return _cut(t, _CUTS[layout], to_tile)
 
 
