@@ -7,6 +7,7 @@
 | `_int_mm` (bare) | `aten._int_mm` | CUDA, M > 16 |
 | Marlin int4, Machete int4 | vLLM, group 128, symmetric | FASTINFER_PEERS; Machete: compute capability 9.0 |
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
+| torch | the same in torch's operations, where no single one does it (int8_quantize) | – |
 
 The bare ones get activations that are already int8, so they do less than int8_scaled_matmul; `_int_mm` has no scales either.
 
@@ -81,6 +82,13 @@ def linear(p: Problem) -> Calls:
     bytes_each = p.n * p.k * torch.finfo(p.dtype).bits // 8
     weights = [torch.randn(p.n, p.k, device=p.device).to(p.dtype) for _ in p.copies(bytes_each)]
     return [functools.partial(nn.functional.linear, x, w) for w in weights]
+
+
+def rms_norm_int8(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8_quantize with a norm, in torch's operations."""
+    v = nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6).float()
+    x_scale = v.abs().amax(-1, keepdim=True) / 127
+    return (v / x_scale).round().to(torch.int8), x_scale.squeeze(-1)
 
 
 def tinygemm(p: Problem) -> Calls:
@@ -187,6 +195,7 @@ PEERS: dict[str, Callable[[Problem], Calls]] = {
 NAMES = {
     "int4_matmul": ("linear", "tinygemm int4", "Marlin int4", "Machete int4"),
     "int8_matmul": ("linear",),
+    "linear": ("linear",),
     "int8_scaled_matmul": ("linear", "_int_mm (bare)", "CUTLASS int8 (bare)"),
 }
 

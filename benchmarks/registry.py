@@ -46,14 +46,20 @@ class Case:
     weight_bytes: int
     bytes: int
     operations: int
+    result: Callable = lambda out: out  # what of a call's return is checked
 
 
-def shapes(device: str, preset: str = "default") -> list[tuple[int, int, int]]:
-    """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones."""
+def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int, int, int]]:
+    """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
+
+    For an op without weights N is K, each M and K once.
+    """
     if preset == "default":
-        return CPU_SHAPES if device == "cpu" else CUDA_SHAPES
-    sizes, rows = (BARS_NK, BARS_M) if preset == "bars" else (ODD_NK, ODD_M)
-    return [(m, n, k) for n, k in sizes for m in rows]
+        found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+    else:
+        sizes, rows = (BARS_NK, BARS_M) if preset == "bars" else (ODD_NK, ODD_M)
+        found = [(m, n, k) for n, k in sizes for m in rows]
+    return list(dict.fromkeys((m, k, k) for m, _, k in found)) if op == "int8_quantize" else found
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -76,7 +82,7 @@ def _case(op: str, weights: list[tuple], problem: Problem) -> Case:
     weight = partial(getattr(module, "dequantize", int8.dequantize), *weights[0])
     weight_bytes = sum(t.nbytes for t in arguments[0][0])
     return Case(
-        calls=[partial(getattr(ops, op), x, *packed, None, layout) for packed, layout in arguments],
+        calls=[partial(getattr(ops, op), x, *packed, layout=layout) for packed, layout in arguments],
         exact=lambda: module.reference(x, *weights[0], dtype=torch.float64),
         plain=lambda: (
             module.reference(x, *weights[0])
@@ -112,8 +118,48 @@ def _int4(problem: Problem) -> Case:
     return _case("int4_matmul", [weight() for _ in problem.copies(n * k // 2)], problem)
 
 
+def _linear(problem: Problem) -> Case:
+    m, n, k, x = problem.m, problem.n, problem.k, problem.x()
+    weight_bytes = n * k * x.element_size()
+    weights = [torch.randn(n, k, device=problem.device).to(problem.dtype) for _ in problem.copies(weight_bytes)]
+    return Case(
+        calls=[partial(ops.linear, x, w) for w in weights],
+        exact=lambda: importlib.import_module("fastinfer.ops.linear").reference(x, weights[0], dtype=torch.float64),
+        plain=lambda: nn.functional.linear(x, weights[0]),
+        magnitude=lambda: (x.abs().float() @ weights[0].float().abs().T).max().item(),
+        peers=peers.collect(peers.NAMES["linear"], problem),
+        weight_bytes=weight_bytes,
+        bytes=weight_bytes + x.element_size() * m * (k + n),
+        operations=2 * m * n * k,
+    )
+
+
+def _int8_quantize(problem: Problem) -> Case:
+    """After a norm, as a decode step calls it; checked as q · x_scale. Its peer is the same in torch's operations."""
+    module = importlib.import_module("fastinfer.ops.int8_quantize")
+    m, k, weight = problem.m, problem.k, torch.rand(problem.k, device=problem.device).to(problem.dtype)
+    xs = [problem.x() for _ in problem.copies(m * k * torch.finfo(problem.dtype).bits // 8)]
+
+    def values(out: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return out[0].to(dtype) * out[1].to(dtype)[..., None]
+
+    return Case(
+        calls=[partial(ops.int8_quantize, x, weight) for x in xs],
+        exact=lambda: values(module.reference(xs[0], weight), torch.float64),
+        plain=lambda: values(module.reference(xs[0], weight)),
+        magnitude=lambda: 0.0,
+        peers={"torch": [partial(peers.rms_norm_int8, x, weight) for x in xs]},
+        weight_bytes=0,
+        bytes=m * k * (xs[0].element_size() + 1) + 4 * m,
+        operations=0,
+        result=values,
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
     "int4_matmul": _int4,
+    "linear": _linear,
+    "int8_quantize": _int8_quantize,
 }

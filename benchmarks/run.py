@@ -131,7 +131,7 @@ def machine(device: str, dtype: torch.dtype) -> dict:
 def row(op: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str, head: dict) -> dict:
     """One op at one shape, timed beside its peers. Raises AssertionError where its result is wrong."""
     case = registry.OPS[op](peers.Problem(*shape, dtype, device, CACHE_BYTES[device]))
-    tolerance.assert_within(case.calls[0](), case.exact(), case.plain(), case.magnitude())
+    tolerance.assert_within(case.result(case.calls[0]()), case.exact(), case.plain(), case.magnitude())
     timer = TIMERS[device]
     us = timer(case.calls)
     with dependent_launch():
@@ -169,7 +169,7 @@ def print_head(head: dict) -> None:
 
 def print_row(r: dict, before: dict | None) -> None:
     """The row's line; a line on its weights first where those of the row before differ."""
-    if before is None or any(r[key] != before[key] for key in ("op", "n", "k")):
+    if r["weight_bytes"] and (before is None or any(r[key] != before[key] for key in ("op", "n", "k"))):
         bits = 8 * r["weight_bytes"] / (r["n"] * r["k"])
         print(f"{r['op']} {r['n']}×{r['k']}: packed weights {r['weight_bytes']:,} bytes, {bits:.2f} bits a weight")
     beside = "  ".join(f"{us / r['us']:.2f} × {name} ({us:.1f})" for name, us in r["peers_us"].items())
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, rows: list[dict], head: dict) -> int:
     """Appends a row to `rows` for every op and shape asked for; returns how many were wrong."""
     dtype, wrong = registry.default_dtype(args.device), 0
     for op in args.op:
-        for shape in registry.shapes(args.device, args.shapes):
+        for shape in registry.shapes(args.device, args.shapes, op):
             if args.m and shape[0] not in args.m:
                 continue
             try:

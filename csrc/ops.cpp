@@ -1,15 +1,25 @@
 // Every operator schema of fastinfer, one table. Implementations register beside their kernels
 // (csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu); fakes and references live in fastinfer/ops/<op>.py.
-// Weight layouts ("row", "panel16") are defined in LAYOUTS.md.
+// Weight layouts ("row", "panel16", …) and the rows that gated activations take are defined in LAYOUTS.md.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastinfer, m) {
-  m.def("int8_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str layout) -> Tensor");
-  m.def("int8_scaled_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str layout) -> Tensor");
-  m.def("int4_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor w_zero, Tensor? bias, str layout) -> Tensor");
+  m.def(
+      "int8_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor? residual, str activation, str layout) -> "
+      "Tensor");
+  m.def(
+      "int8_scaled_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor? residual, str activation, "
+      "str layout, Tensor? x_scale, ScalarType? out_dtype) -> Tensor");
+  m.def(
+      "int4_matmul(Tensor x, Tensor w, Tensor w_scale, Tensor w_zero, Tensor? bias, Tensor? residual, str activation, "
+      "str layout) -> Tensor");
+  m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+  m.def("int8_quantize(Tensor x, Tensor? norm_weight, float eps) -> (Tensor q, Tensor x_scale)");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.
   m.def("dependent_launch(bool on) -> bool");
+  // CUDA: the kernel and shape that this thread's tile matmuls take, csrc/cuda/tile_plan.cuh; 0, 0, 0, 0 for the usual choice.
+  m.def("force_tile_plan(int kernel, int ranks, int resident, int shape) -> bool");
 }

@@ -16,13 +16,15 @@ from torch import nn
 from tqdm import tqdm
 
 from fastinfer.errors import PatchError
-from fastinfer.modules import QuantizedLinear, QuantizedModule
+from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks
+from fastinfer.modules.siblings import Siblings
 from fastinfer.originals import Checkpoint, Held, InCheckpoint
-from fastinfer.planning import Plan, Planner, Task, check_patchable, slots_of
+from fastinfer.planning import Merge, Plan, Planner, Task, check_patchable, slots_of
 from fastinfer.recipe import Recipe
 from fastinfer.reports import Report
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
+from fastinfer.rules import merging
 
 RECORD = "_fastinfer"
 LONG_WORK = 1 << 26  # weights to quantise from which on a progress bar is worth showing
@@ -36,6 +38,7 @@ def patch(
     group_size: int | None = None,
     method: str | None = None,
     activations: str | None = None,
+    merge: bool | None = None,
     strict: bool = False,
     dry_run: bool = False,
     reversible: bool = True,
@@ -48,6 +51,8 @@ def patch(
         group_size:  int4 groups along K: 32 | 64 | 128; by default 64 where it divides, else 32, else int8
         method:      how int4 is found without data: "hqq" (default) | "rtn"
         activations: "keep" | "int8" (with int8 weights); by default int8 for encoders, keep for causal models
+        merge:       linears that a block calls on one input (query, key, value; gate, up) run as one matmul; by default
+                     on CUDA, where it saves launches
         strict:      raise where something that the recipe asks for stays, or where no fast kernels are there
         dry_run:     change nothing and return the Report of what would be done
         reversible:  keep the originals for `unpatch`: in the model's checkpoint where it holds them bit for bit,
@@ -61,7 +66,7 @@ def patch(
     recipe = Recipe.of(weights, group_size=group_size, method=method, activations=activations)
     with _lock, torch.inference_mode(False), torch.no_grad():
         check_patchable(inner)
-        plan = Planner(inner, recipe, strict).run()
+        plan = Planner(inner, recipe, strict, merge).run()
         if dry_run:
             return plan.report
         _carry_out(inner, plan, reversible)
@@ -88,7 +93,9 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> Report:
     """What `patch` did to this model. Raises PatchError where it is not patched."""
-    return _record(_unwrap(model)).report
+    record = _record(_unwrap(model))
+    record.note_idle()
+    return record.report
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -161,6 +168,17 @@ class _Record:
     swaps: list[_Swap] = dataclasses.field(default_factory=list)
     taken: list[_TakenWeight] = dataclasses.field(default_factory=list)
     overridden: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
+    merged: list[tuple[Merge, Siblings]] = dataclasses.field(default_factory=list)
+
+    def note_idle(self) -> None:
+        """Brings the report up to date with blocks that turned out to call their linears on different inputs."""
+        idle = {merge.row() for merge, siblings in self.merged if siblings.idle}
+        self.report.merged = [row for row in self.report.merged if row not in idle]
+        self.report.apart += [
+            merge.row("called on different inputs")
+            for merge, siblings in self.merged
+            if siblings.idle and merge.row("called on different inputs") not in self.report.apart
+        ]
 
     def restore(self, model: nn.Module) -> None:
         """Puts weights, modules and methods back. Everything that can fail comes first."""
@@ -176,6 +194,9 @@ class _Record:
             if weight.new.weight.is_meta:
                 raise PatchError("the patched model is on the meta device: move it back first")
         tensors = [weight.original.load() for weight in self.taken]
+        for merge, siblings in self.merged:
+            blocks.uninstall(merge.block)
+            siblings.release_biases()
         for weight, tensor in zip(self.taken, tensors, strict=True):
             weight.restore(tensor)
         for swap in reversed(self.swaps):
@@ -226,6 +247,7 @@ def _carry_out(model: nn.Module, plan: Plan, reversible: bool) -> None:
                 _replace(task, slots, record, checkpoint)
             except ValueError as error:
                 raise PatchError(f"{task.paths[0]}: {error}") from error
+        report.merged = [merge.row() for merge in plan.merges if _merge(merge, record)]
         _override_methods(model, record)
         _sum_up(record, checkpoint)
         report.seconds = time.perf_counter() - started
@@ -253,6 +275,19 @@ def _replace(task: Task, slots: dict, record: _Record, checkpoint: Checkpoint | 
         _adopt(old, new)
     record.taken.append(_TakenWeight([old for old, _ in pairs], original, first))
     record.report.replaced.append(replaced)
+
+
+def _merge(merge: Merge, record: _Record) -> bool:
+    """Merges linears that were replaced, unless that cannot be proven; whether it was done."""
+    siblings = Siblings([merge.block._modules[name] for name in merge.found.members], merge.found.activation)
+    record.merged.append((merge, siblings))
+    reason = merging.build(siblings)
+    if reason:
+        record.merged.pop()
+        record.report.apart.append(merge.row(reason))
+        return False
+    blocks.install(merge.block, siblings, merge.found.down)
+    return True
 
 
 def _sum_up(record: _Record, checkpoint: Checkpoint | None) -> None:

@@ -14,9 +14,10 @@ from fastinfer import _native
 from fastinfer.errors import GroupSizeError, PatchError, RecipeError
 from fastinfer.modules import QuantizedLinear, QuantizedModule
 from fastinfer.recipe import Recipe, Spec
-from fastinfer.reports import Replaced, Report, Skipped
+from fastinfer.reports import Merged, Replaced, Report, Skipped
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
+from fastinfer.rules import merging
 
 
 @dataclasses.dataclass
@@ -43,9 +44,22 @@ class Task:
 
 
 @dataclasses.dataclass
+class Merge:
+    """Linears of one block to merge, in the order of their rows."""
+
+    path: str
+    block: nn.Module
+    found: merging.Found
+
+    def row(self, reason: str = "") -> Merged:
+        return Merged(self.path, self.found.members, self.found.activation, reason)
+
+
+@dataclasses.dataclass
 class Plan:
     tasks: list[Task]
     report: Report
+    merges: list[Merge] = dataclasses.field(default_factory=list)
 
 
 def slots_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -78,8 +92,8 @@ def check_patchable(model: nn.Module) -> None:
 class Planner:
     """Walks a model once and decides, linear by linear, what the recipe makes of it."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool):
-        self.model, self.recipe, self.strict = model, recipe, strict
+    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool, merge: bool | None = None):
+        self.model, self.recipe, self.strict, self.merge = model, recipe, strict, merge
         self.slots = slots_of(model)
         self.paths: dict[nn.Module, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -110,6 +124,7 @@ class Planner:
         unmatched = [p for p in self.recipe.patterns if p not in self.matched and p != "*"]
         if unmatched:
             raise RecipeError(f"pattern {unmatched[0]!r} matches no linear that an earlier pattern has not taken")
+        self._find_merges()
         self._fill_report(seen)
         self._check()
         return self.plan
@@ -173,6 +188,27 @@ class Planner:
     def _skip(self, module: nn.Module, reason: str, expected: bool = False) -> Skipped:
         weight = module._parameters.get("weight")
         return Skipped(self.paths[module][0], reason, 0 if weight is None else _nbytes(weight), expected)
+
+    def _find_merges(self) -> None:
+        """Replaced linears that their block calls on one input, where they can share a buffer."""
+        blocks: dict[nn.Module, dict[str, Task]] = defaultdict(dict)
+        for task in self.plan.tasks:
+            wanted = merging.pays(task.linears[0].weight.device) if self.merge is None else self.merge
+            if wanted and len(task.linears) == 1 and not task.embeddings and len(self.slots[task.linears[0]]) == 1:
+                parent, name = self.slots[task.linears[0]][0]
+                blocks[parent][name] = task
+        for block, tasks in blocks.items():
+            found = merging.find(block) if len(tasks) > 1 and merging.is_block(block) else None
+            if found is None:
+                continue
+            path = self.paths[block][0]
+            kept, reason = merging.eligible(found, {name: (t.linears[0], t.spec) for name, t in tasks.items()})
+            refusal = merging.refusal(block, path)
+            if refusal or reason:
+                self.plan.report.apart.append(Merged(path, found.members, found.activation, refusal or reason))
+            if kept is not None and not refusal:
+                self.plan.merges.append(Merge(path, block, kept))
+        self.plan.report.merged = [merge.row() for merge in self.plan.merges]
 
     def _fill_report(self, seen: set[nn.Module]) -> None:
         """What is replaced, what stays beside linears, and the totals."""

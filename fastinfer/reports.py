@@ -29,12 +29,28 @@ class Skipped:
     expected: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """Linears of a block (path) that run as one matmul, or the reason why they stay apart."""
+
+    path: str
+    members: tuple[str, ...]
+    activation: str = "none"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        epilogue = "" if self.activation == "none" else f" ({self.activation})"
+        return ", ".join(self.members) + (f": {self.reason}" if self.reason else epilogue)
+
+
 @dataclasses.dataclass
 class Report:
     """What `patch` did. `str(report)` is a table; `to_dict()` is plain data for JSON."""
 
     replaced: list[Replaced] = dataclasses.field(default_factory=list)
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    merged: list[Merged] = dataclasses.field(default_factory=list)
+    apart: list[Merged] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     backend: str = ""
     bytes_before: int = 0
@@ -70,6 +86,9 @@ class Report:
             error = f"{max(errors):7.4f}" if errors else "      –"
             note = f"  {rows[0].note}" if rows[0].note else ""
             lines.append(f"  {paths:<44} {rows[0].kind:<12} {before:8.2f} → {after:7.2f} {error}{note}")
+        for title, blocks in (("merged", self.merged), ("not merged", self.apart)):
+            for path, rows in _collapse(blocks, str):
+                lines.append(f"{title}: {path:<{56 - len(title)}} {rows[0]}")
         lines += ["left"] if self.skipped else []
         for paths, rows in _collapse(self.skipped, lambda r: r.reason):
             lines.append(f"  {paths:<57} {sum(r.bytes for r in rows) * mb:8.2f}  {rows[0].reason}")

@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from fastinfer import _native
+from fastinfer import _native, ops
 from fastinfer.ops.layout import TILE_W4A16, native_layout
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -44,3 +44,13 @@ def tiles(device, native):
     """For tests of the tile layouts; all their shapes fit."""
     if native_layout(torch.device(device), "w4a16", 16, 128, torch.bfloat16) != TILE_W4A16:
         pytest.skip("no tile kernels for this device")
+
+
+@pytest.fixture
+def matmuls(monkeypatch):
+    """The rows of weights in each matmul that runs."""
+    rows = []
+    for name in ("int8_matmul", "int8_scaled_matmul", "int4_matmul"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda x, w, *rest, op=op: rows.append(len(w)) or op(x, w, *rest))
+    return rows

@@ -1,11 +1,14 @@
-"""Shapes, inputs and checks that the quantised matmuls' tests share."""
+"""Shapes, inputs and checks that the matmuls' tests share."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import tolerance
 import torch
 from torch import nn
 
+from fastinfer.ops._common import ACTIVATIONS, apply_epilogue, out_features
 from fastinfer.ops.layout import PANEL16, ROW, native_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +30,10 @@ TILE_SHAPES = [
 TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), (129, 256, 384), (300, 1040, 2048)]
 TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
 TILE_SHAPES += [(16, 72000, 4096), (16, 256, 53248)]  # too large for decode_matmul's shared memory
+
+# M, N, K for epilogues: none, one, odd, several panels and tiles, past every change of kernel; N in sixteens for gates
+EPILOGUE_SHAPES = [(0, 32, 128), (1, 16, 128), (3, 48, 128), (17, 272, 128), (40, 64, 256), (200, 32, 128)]
+GATES = [name for name in ACTIVATIONS if name != "none"]
 
 
 def layouts(kind: str, w: torch.Tensor, k: int, dtype: torch.dtype) -> list[str]:
@@ -58,4 +65,23 @@ def check_float_matmul(out, x, weight64, bias) -> None:
     exact = nn.functional.linear(x.double(), weight64, bias64)
     plain = nn.functional.linear(x, weight64.to(x.dtype), None if bias is None else bias.to(x.dtype))
     magnitude = (x.double().abs() @ weight64.abs().T).max().item() if exact.numel() else 0.0
+    tolerance.assert_within(out, exact, plain, magnitude)
+
+
+def epilogues(m: int, n: int, activation: str, dtype: torch.dtype, device: str):
+    """(bias, residual) in every combination, for a result in `dtype`."""
+    biases = None, torch.randn(n, device=device).to(dtype), torch.randn(n, device=device)
+    residual = torch.randn(m, out_features(n, activation), device=device).to(dtype)
+    return product(biases, (None, residual))
+
+
+def check_epilogue(out, x, weight64, bias, residual, activation) -> None:
+    """Holds act(x · wᵀ + bias) + residual to the rule, against torch's own operations in the dtype of x."""
+    exact = apply_epilogue(x.double() @ weight64.T, bias, residual, activation)
+    plain = apply_epilogue(nn.functional.linear(x, weight64.to(x.dtype)), bias, residual, activation)
+    magnitude = 0.0
+    if exact.numel():
+        magnitude = (x.double().abs() @ weight64.abs().T).max().item()
+        if activation != "none":  # a factor carries its error times the other factor
+            magnitude *= 2 * max(1.0, (x.double() @ weight64.T).abs().max().item())
     tolerance.assert_within(out, exact, plain, magnitude)

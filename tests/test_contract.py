@@ -13,8 +13,10 @@ from fastinfer import _native, ops
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["Args:", "Returns:", "Raises:", "Backends:", "Numerics:", "Source:"]
-SCHEMAS = dict(re.findall(r'm\.def\("(\w+)\(([^)]*)\)', (ROOT / "csrc" / "ops.cpp").read_text()))
+TABLE = re.sub(r'"\s*\n\s*"', "", (ROOT / "csrc" / "ops.cpp").read_text())  # long strings stand in pieces
+SCHEMAS = dict(re.findall(r'm\.def\(\s*"(\w+)\(([^)]*)\)', TABLE))
 NOT_OPS = {"cpu_isa", "dependent_launch"}
+TORCH_IS_THE_FALLBACK = {"linear"}  # its matmul is torch's on every device: a Triton kernel would only be slower
 
 
 def module_of(op):
@@ -27,7 +29,8 @@ def test_every_schema_is_a_public_op():
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_has_every_file(op):
-    for file in (f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"kernels/{op}.py", f"tests/test_{op}.py"):
+    files = [f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"tests/test_{op}.py"]
+    for file in files + ([] if op in TORCH_IS_THE_FALLBACK else [f"kernels/{op}.py"]):
         assert (ROOT / file).is_file(), f"{op} has no {file}"
 
 

@@ -6,14 +6,19 @@ import pytest
 import torch
 from matmul_cases import (
     DTYPES,
+    EPILOGUE_SHAPES,
+    GATES,
     REAL_SHAPES,
     ROWS_COLUMNS,
     TILE_SHAPES,
     activations,
+    check_epilogue,
     check_float_matmul,
+    epilogues,
     inside_nan,
     layouts,
 )
+from test_int8_matmul import BAD_EPILOGUES
 
 from fastinfer.ops import int4_matmul
 from fastinfer.ops.layout import ROW, TILE_W4A16, convert
@@ -34,7 +39,7 @@ def check(x, w, w_scale, w_zero, bias):
     k = 2 * w.shape[1]
     for layout in layouts("w4a16", w, k, w_scale.dtype):  # the tile layout takes 16-bit scales
         packed = [convert(t, ROW, layout) for t in (w, w_scale, w_zero)]
-        check_float_matmul(int4_matmul(x, *packed, bias, layout), x, weight, bias)
+        check_float_matmul(int4_matmul(x, *packed, bias, layout=layout), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,6 +56,20 @@ def test_matches_fp64_on_real_shapes(m, n, k, g, device, native, poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("g", [32, 128])
+@pytest.mark.parametrize("activation", ["none", *GATES])
+@pytest.mark.parametrize(("m", "n", "k"), [*EPILOGUE_SHAPES])
+def test_epilogues_match_fp64(m, n, k, activation, g, dtype, device, native, poisoned):
+    x, *packed, _ = make(m, n, k, g, dtype, device)
+    weight = op.dequantize(*packed, dtype=torch.float64)
+    for layout in layouts("w4a16", packed[0], k, packed[1].dtype):
+        laid_out = [convert(t, ROW, layout) for t in packed]
+        for bias, residual in epilogues(m, n, activation, dtype, device):
+            out = int4_matmul(x, *laid_out, bias, residual, activation, layout)
+            check_epilogue(out, x, weight, bias, residual, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("g", [32, 64, 128])
 @pytest.mark.parametrize(("m", "n", "k"), TILE_SHAPES)
@@ -58,7 +77,7 @@ def test_tile_layout_matches_fp64(m, n, k, g, scale_dtype, dtype, device, tiles,
     x, w, w_scale, w_zero, bias = make(m, n, k, g, dtype, device, scale_dtype=scale_dtype)
     packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
     weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
-    check_float_matmul(int4_matmul(x, *packed, bias, TILE_W4A16), x, weight, bias)
+    check_float_matmul(int4_matmul(x, *packed, bias, layout=TILE_W4A16), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -68,15 +87,15 @@ def test_tile_layout_takes_zero_points_far_from_the_range(m, dtype, device, tile
     w_zero = (torch.rand_like(w_zero) - 0.5) * 600
     packed = [convert(t, ROW, TILE_W4A16) for t in (w, w_scale, w_zero)]
     weight = op.dequantize(w, w_scale, w_zero, dtype=torch.float64)
-    check_float_matmul(int4_matmul(x, *packed, bias, TILE_W4A16), x, weight, bias)
+    check_float_matmul(int4_matmul(x, *packed, bias, layout=TILE_W4A16), x, weight, bias)
 
 
 @pytest.mark.parametrize("m", [1, 16, 40, 200])
 def test_tile_layout_repeats_bit_for_bit(m, device, tiles):
     x, *packed, bias = make(m, 512, 4096, 128, torch.bfloat16, device)
     packed = [convert(t, ROW, TILE_W4A16) for t in packed]
-    first = int4_matmul(x, *packed, bias, TILE_W4A16)
-    assert all(torch.equal(first, int4_matmul(x, *packed, bias, TILE_W4A16)) for _ in range(1000))
+    first = int4_matmul(x, *packed, bias, layout=TILE_W4A16)
+    assert all(torch.equal(first, int4_matmul(x, *packed, bias, layout=TILE_W4A16)) for _ in range(1000))
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
@@ -140,25 +159,30 @@ BAD = [
     ("w_zero", ValueError, lambda a: a | {"w_zero": a["w_zero"][1:]}),
     ("bias", ValueError, lambda a: a | {"bias": a["bias"][:-1]}),
     ("layout", ValueError, lambda a: a | {"layout": "tiles"}),
+    *BAD_EPILOGUES,
 ]
+
+
+def good_arguments(device):
+    names = ("x", "w", "w_scale", "w_zero", "bias")
+    good = dict(zip(names, make(3, 32, 256, 128, torch.float32, device), strict=True))
+    return good | {"residual": torch.randn(3, 32, device=device), "activation": "none", "layout": ROW}
 
 
 @pytest.mark.parametrize(("name", "error", "spoil"), BAD)
 def test_names_the_bad_argument(name, error, spoil, device):
-    good = dict(zip(("x", "w", "w_scale", "w_zero", "bias"), make(3, 32, 256, 128, torch.float32, device), strict=True))
     with pytest.raises(error, match=rf"int4_matmul: .*\b{name}\b"):
-        int4_matmul(**spoil(good))
+        int4_matmul(**spoil(good_arguments(device)))
 
 
 @pytest.mark.parametrize(("name", "spoil"), [(name, spoil) for name, _, spoil in BAD])
 def test_the_native_op_checks_for_itself(name, spoil, device, native):
-    names = ("x", "w", "w_scale", "w_zero", "bias", "layout")
-    good = dict(zip(names, (*make(3, 32, 256, 128, torch.float32, device), ROW), strict=True))
-    a = spoil(good)
-    with pytest.raises(RuntimeError, match="int4_matmul: "):
-        torch.ops.fastinfer.int4_matmul(*(a[key] for key in names))
+    with pytest.raises(RuntimeError, match=rf"int4_matmul: .*\b{name}\b"):
+        torch.ops.fastinfer.int4_matmul(*spoil(good_arguments(device)).values())
 
 
-def test_opcheck(device, native):
-    args = (*make(3, 32, 64, 32, torch.float32, device), ROW)
+@pytest.mark.parametrize("activation", ["none", "gelu_mul"])
+def test_opcheck(activation, device, native):
+    residual = torch.randn(3, 32 if activation == "none" else 16, device=device)
+    args = (*make(3, 32, 64, 32, torch.float32, device), residual, activation, ROW)
     torch.library.opcheck(torch.ops.fastinfer.int4_matmul.default, args)

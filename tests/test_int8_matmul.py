@@ -5,7 +5,19 @@ import importlib
 import matmul_cases
 import pytest
 import torch
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, TILE_SHAPES, activations, check_float_matmul, inside_nan
+from matmul_cases import (
+    DTYPES,
+    EPILOGUE_SHAPES,
+    GATES,
+    REAL_SHAPES,
+    ROWS_COLUMNS,
+    TILE_SHAPES,
+    activations,
+    check_epilogue,
+    check_float_matmul,
+    epilogues,
+    inside_nan,
+)
 
 from fastinfer.ops import int8_matmul
 from fastinfer.ops.layout import ROW, convert
@@ -29,7 +41,7 @@ def layouts(w, kind="w8a16"):
 def check(x, w, w_scale, bias):
     weight = op.dequantize(w, w_scale, dtype=torch.float64)
     for layout, packed in layouts(w):
-        check_float_matmul(int8_matmul(x, packed, w_scale, bias, layout), x, weight, bias)
+        check_float_matmul(int8_matmul(x, packed, w_scale, bias, layout=layout), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,6 +60,28 @@ def test_matches_fp64_on_tile_shapes(m, n, k, dtype, device, native, poisoned):
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
 def test_matches_fp64_on_real_shapes(m, n, k, device, native, poisoned):
     check(*make(m, n, k, torch.bfloat16, device, bias=False))
+
+
+def check_epilogues(m, n, k, activation, dtype, device):
+    x, w, w_scale, _ = make(m, n, k, dtype, device)
+    weight = op.dequantize(w, w_scale, dtype=torch.float64)
+    for bias, residual in epilogues(m, n, activation, dtype, device):
+        for layout, packed in layouts(w):
+            out = int8_matmul(x, packed, w_scale, bias, residual, activation, layout)
+            check_epilogue(out, x, weight, bias, residual, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", *GATES])
+@pytest.mark.parametrize(("m", "n", "k"), EPILOGUE_SHAPES)
+def test_epilogues_match_fp64(m, n, k, activation, dtype, device, native, poisoned):
+    check_epilogues(m, n, k, activation, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 33, 30), (70, 1, 64)])
+def test_a_residual_of_odd_size_matches_fp64(m, n, k, dtype, device, native, poisoned):
+    check_epilogues(m, n, k, "none", dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +124,14 @@ def test_nan_and_infinity_come_through(device, native):
     assert out[1].isnan().all() and out[2].isinf().all() and out[[0, 3]].isfinite().all()
 
 
+BAD_EPILOGUES = [
+    ("activation", ValueError, lambda a: a | {"activation": "relu"}),
+    ("residual", ValueError, lambda a: a | {"residual": a["residual"][:, :-1]}),
+    ("residual", ValueError, lambda a: a | {"residual": a["residual"][:-1]}),
+    ("residual", ValueError, lambda a: a | {"residual": a["residual"].double()}),
+    ("residual", ValueError, lambda a: a | {"residual": a["residual"].T.contiguous().T}),
+    ("residual", ValueError, lambda a: a | {"activation": "silu_mul"}),
+]
 BAD = [
     ("x", TypeError, lambda a: a | {"x": a["x"].long()}),
     ("x", ValueError, lambda a: a | {"x": a["x"][:, :-1]}),
@@ -104,25 +146,39 @@ BAD = [
     ("w", ValueError, lambda a: a | {"w": a["w"].T.contiguous().T}),
     ("w_scale", ValueError, lambda a: a | {"w_scale": a["w_scale"].repeat_interleave(2)[::2]}),
     ("layout", ValueError, lambda a: a | {"layout": "tiles"}),
+    *BAD_EPILOGUES,
 ]
+
+
+def good_arguments(device):
+    names = ("x", "w", "w_scale", "bias")
+    good = dict(zip(names, make(3, 32, 64, torch.float32, device), strict=True))
+    return good | {"residual": torch.randn(3, 32, device=device), "activation": "none", "layout": ROW}
 
 
 @pytest.mark.parametrize(("name", "error", "spoil"), BAD)
 def test_names_the_bad_argument(name, error, spoil, device):
-    x, w, w_scale, bias = make(3, 32, 64, torch.float32, device)
-    good = {"x": x, "w": w, "w_scale": w_scale, "bias": bias}
     with pytest.raises(error, match=rf"int8_matmul: .*\b{name}\b"):
-        int8_matmul(**spoil(good))
+        int8_matmul(**spoil(good_arguments(device)))
 
 
 @pytest.mark.parametrize(("name", "spoil"), [(name, spoil) for name, _, spoil in BAD])
 def test_the_native_op_checks_for_itself(name, spoil, device, native):
-    x, w, w_scale, bias = make(3, 32, 64, torch.float32, device)
-    a = spoil({"x": x, "w": w, "w_scale": w_scale, "bias": bias, "layout": ROW})
-    with pytest.raises(RuntimeError, match="int8_matmul: "):
-        torch.ops.fastinfer.int8_matmul(*(a[key] for key in ("x", "w", "w_scale", "bias", "layout")))
+    with pytest.raises(RuntimeError, match=rf"int8_matmul: .*\b{name}\b"):
+        torch.ops.fastinfer.int8_matmul(*spoil(good_arguments(device)).values())
 
 
-def test_opcheck(device, native):
-    args = (*make(3, 32, 64, torch.float32, device), ROW)
+@pytest.mark.parametrize("activation", GATES)
+def test_gates_take_rows_in_sixteens(activation, device, native):
+    x, w, w_scale, _ = make(3, 24, 64, torch.float32, device)
+    with pytest.raises(ValueError, match=f"int8_matmul: activation '{activation}' needs .* multiples of 16, got 24"):
+        int8_matmul(x, w, w_scale, activation=activation)
+    with pytest.raises(RuntimeError, match=f"int8_matmul: activation '{activation}' needs .* multiples of 16, got 24"):
+        torch.ops.fastinfer.int8_matmul(x, w, w_scale, None, None, activation, ROW)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+def test_opcheck(activation, device, native):
+    residual = torch.randn(3, 32 if activation == "none" else 16, device=device)
+    args = (*make(3, 32, 64, torch.float32, device), residual, activation, ROW)
     torch.library.opcheck(torch.ops.fastinfer.int8_matmul.default, args)

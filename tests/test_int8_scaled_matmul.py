@@ -5,11 +5,20 @@ import importlib
 import pytest
 import tolerance
 import torch
-from matmul_cases import DTYPES, REAL_SHAPES, ROWS_COLUMNS, TILE_SHAPES, inside_nan
+from matmul_cases import (
+    DTYPES,
+    EPILOGUE_SHAPES,
+    GATES,
+    REAL_SHAPES,
+    ROWS_COLUMNS,
+    TILE_SHAPES,
+    epilogues,
+    inside_nan,
+)
+from test_int8_matmul import BAD_EPILOGUES, good_arguments, make
 from test_int8_matmul import layouts as layouts_of
-from test_int8_matmul import make
 
-from fastinfer.ops import int8_scaled_matmul
+from fastinfer.ops import int8_quantize, int8_scaled_matmul
 from fastinfer.ops.layout import ROW
 
 op = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
@@ -23,7 +32,7 @@ def check(x, w, w_scale, bias):
     exact = op.reference(x, w, w_scale, bias, dtype=torch.float64)
     plain = op.reference(x, w, w_scale, bias)
     for layout, packed in layouts(w):
-        tolerance.assert_within(int8_scaled_matmul(x, packed, w_scale, bias, layout), exact, plain)
+        tolerance.assert_within(int8_scaled_matmul(x, packed, w_scale, bias, layout=layout), exact, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,6 +53,43 @@ def test_matches_fp64_on_real_shapes(m, n, k, device, native, poisoned):
     check(*make(m, n, k, torch.bfloat16, device, bias=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", *GATES])
+@pytest.mark.parametrize(("m", "n", "k"), EPILOGUE_SHAPES)
+def test_epilogues_match_fp64(m, n, k, activation, dtype, device, native, poisoned):
+    x, w, w_scale, _ = make(m, n, k, dtype, device)
+    for bias, residual in epilogues(m, n, activation, dtype, device):
+        args = w_scale, bias, residual, activation
+        exact, plain = op.reference(x, w, *args, dtype=torch.float64), op.reference(x, w, *args)
+        for layout, packed in layouts(w):
+            tolerance.assert_within(int8_scaled_matmul(x, packed, *args, layout), exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+@pytest.mark.parametrize(("m", "n", "k"), [*EPILOGUE_SHAPES, (5, 32, 30), (70, 16, 100)])
+def test_int8_x_gives_the_bits_of_float_x(m, n, k, activation, dtype, device, native, poisoned):
+    x, w, w_scale, bias = make(m, n, k, dtype, device)
+    if m > 1:
+        x[1, 0] = float("nan")
+    q, x_scale = int8_quantize(x)
+    for layout, packed in layouts(w):
+        args = packed, w_scale, bias, None, activation, layout
+        whole, given = int8_scaled_matmul(x, *args), int8_scaled_matmul(q, *args, x_scale, dtype)
+        torch.testing.assert_close(given, whole, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [2, 9, 70])
+def test_int8_x_keeps_leading_dimensions_and_strides(m, out_dtype, device, native):
+    x, w, w_scale, _ = make(m, 48, 72, torch.float32, device)
+    q, x_scale = int8_quantize(x)
+    strided = q.T.contiguous().T
+    out = int8_scaled_matmul(strided.unsqueeze(0), w, w_scale, x_scale=x_scale.unsqueeze(0), out_dtype=out_dtype)
+    assert out.shape == (1, m, 48) and out.dtype == out_dtype
+    assert torch.equal(out[0], int8_scaled_matmul(q, w, w_scale, x_scale=x_scale, out_dtype=out_dtype))
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 40, 64), (7, 33, 100), (50, 130, 384), (64, 16, 1030), (5, 64, 256), (90, 80, 384)]
 )
@@ -55,7 +101,7 @@ def test_integer_stage_is_exact(m, n, k, device, native):
     expected = (x.double() @ w.double().T).float()
     assert expected.abs().max() < 2**24
     for layout, packed in layouts(w):
-        out = int8_scaled_matmul(x, packed, torch.ones(n, device=device), None, layout)
+        out = int8_scaled_matmul(x, packed, torch.ones(n, device=device), layout=layout)
         assert torch.equal(out, expected)
 
 
@@ -108,17 +154,60 @@ def test_a_row_does_not_depend_on_its_batch(m, device, native):
     assert torch.equal(int8_scaled_matmul(x, w, w_scale, bias), alone)
 
 
-def test_names_the_bad_argument(device):
-    x, w, w_scale, bias = make(3, 32, 64, torch.float32, device)
-    with pytest.raises(TypeError, match=r"int8_scaled_matmul: x must be float32.* got int32 \[3, 64\]"):
-        int8_scaled_matmul(x.int(), w, w_scale, bias)
-    with pytest.raises(ValueError, match="int8_scaled_matmul: w_scale"):
-        int8_scaled_matmul(x, w, w_scale[1:], bias)
+@pytest.mark.parametrize("m", [2, 9, 70])
+def test_a_gated_row_does_not_depend_on_its_batch(m, device, native):
+    x, w, w_scale, bias = make(m, 64, 128, torch.float32, device)
+    args = w, w_scale, bias, None, "gelu_tanh_mul"
+    alone = torch.cat([int8_scaled_matmul(row, *args) for row in x.split(1)])
+    assert torch.equal(int8_scaled_matmul(x, *args), alone)
+
+
+def quantised(a):
+    q, x_scale = int8_quantize(a["x"])
+    return a | {"x": q, "x_scale": x_scale, "out_dtype": torch.float32}
+
+
+BAD = [
+    *BAD_EPILOGUES,
+    ("x", TypeError, lambda a: a | {"x": a["x"].int()}),
+    ("w_scale", ValueError, lambda a: a | {"w_scale": a["w_scale"][1:]}),
+    ("layout", ValueError, lambda a: a | {"layout": "tiles"}),
+    ("x_scale", ValueError, lambda a: a | {"x_scale": a["x"][:, 0].contiguous()}),
+    ("out_dtype", ValueError, lambda a: a | {"out_dtype": torch.float32}),
+    ("x_scale", ValueError, lambda a: quantised(a) | {"x_scale": None}),
+    ("x_scale", ValueError, lambda a: quantised(a) | {"x_scale": quantised(a)["x_scale"][1:]}),
+    ("x_scale", ValueError, lambda a: quantised(a) | {"x_scale": quantised(a)["x_scale"].double()}),
+    ("x_scale", ValueError, lambda a: quantised(a) | {"x_scale": quantised(a)["x_scale"].repeat_interleave(2)[::2]}),
+    ("out_dtype", TypeError, lambda a: quantised(a) | {"out_dtype": None}),
+    ("out_dtype", TypeError, lambda a: quantised(a) | {"out_dtype": torch.float64}),
+    ("residual", ValueError, lambda a: quantised(a) | {"out_dtype": torch.bfloat16}),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "spoil"), BAD)
+def test_names_the_bad_argument(name, error, spoil, device):
+    arguments = spoil(good_arguments(device) | {"bias": None})
+    with pytest.raises(error, match=rf"int8_scaled_matmul: .*\b{name}\b"):
+        int8_scaled_matmul(**arguments)
+
+
+@pytest.mark.parametrize(("name", "spoil"), [(name, spoil) for name, _, spoil in BAD])
+def test_the_native_op_checks_for_itself(name, spoil, device, native):
+    arguments = spoil(good_arguments(device) | {"bias": None, "x_scale": None, "out_dtype": None})
+    with pytest.raises(RuntimeError, match=rf"int8_scaled_matmul: .*\b{name}\b"):
+        torch.ops.fastinfer.int8_scaled_matmul(*arguments.values())
+
+
+def test_refuses_more_columns_than_int32_sums_hold(device):
     wide = torch.zeros(1, op.MAX_K + 1, dtype=torch.int8, device=device)
     with pytest.raises(ValueError, match="w must have at most"):
-        int8_scaled_matmul(torch.zeros(1, op.MAX_K + 1, device=device), wide, w_scale[:1])
+        int8_scaled_matmul(torch.zeros(1, op.MAX_K + 1, device=device), wide, torch.ones(1, device=device))
 
 
-def test_opcheck(device, native):
-    args = (*make(3, 32, 64, torch.float32, device), ROW)
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck(given, device, native):
+    x, w, w_scale, bias = make(3, 32, 64, torch.float32, device)
+    q, x_scale = int8_quantize(x)
+    rest = bias, torch.randn(3, 16, device=device), "silu_mul", ROW
+    args = (q, w, w_scale, *rest, x_scale, torch.float32) if given else (x, w, w_scale, *rest, None, None)
     torch.library.opcheck(torch.ops.fastinfer.int8_scaled_matmul.default, args)

@@ -29,7 +29,7 @@ def test_a_captured_chain_gives_the_same_bits(m, device, tiles):
     def chain():
         outs = [x]
         for layer in layers:
-            outs.append(int4_matmul(outs[-1], *layer, None, TILE_W4A16))
+            outs.append(int4_matmul(outs[-1], *layer, layout=TILE_W4A16))
         return outs[1:]
 
     plain = chain()

@@ -245,7 +245,7 @@ def test_weights_put_in_from_outside_are_in_row_order():
     expected = logits(model, inputs("llama"))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     out = torch.func.functional_call(model, state, kwargs=inputs("llama")).logits
-    assert torch.equal(out, expected)
+    torch.testing.assert_close(out, expected)
 
 
 def test_offloading_after_patching():
@@ -253,7 +253,7 @@ def test_offloading_after_patching():
     model = fastinfer.patch(build("llama"))
     expected = logits(model, inputs("llama"))
     accelerate.cpu_offload(model, execution_device="cpu")
-    assert torch.equal(logits(model, inputs("llama")), expected)
+    torch.testing.assert_close(logits(model, inputs("llama")), expected)  # gate and up apart: other roundings
 
 
 @pytest.mark.parametrize("bad", [-1, 131])

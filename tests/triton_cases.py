@@ -7,10 +7,12 @@ import test_int4_matmul as int4_cases
 import test_int8_matmul as int8_cases
 import tolerance
 import torch
-from matmul_cases import DTYPES, check_float_matmul
+from matmul_cases import DTYPES, GATES, activations, check_epilogue, check_float_matmul, epilogues
 
 from fastinfer import _native, ops
 
+SCALED = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
+QUANTIZE = importlib.import_module("fastinfer.ops.int8_quantize")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(0, 32, 64), (1, 17, 64), (3, 48, 96), (16, 33, 160), (17, 70, 96), (40, 65, 128)]
 
@@ -30,10 +32,9 @@ def test_int8_matmul(m, n, k, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (5, 20, 30)])
 def test_int8_scaled_matmul(m, n, k, dtype):
-    reference = importlib.import_module("fastinfer.ops.int8_scaled_matmul").reference
-    x, w, w_scale, bias = int8_cases.make(m, n, k, dtype, DEVICE)
-    out = kernel("int8_scaled_matmul")(x, w, w_scale, bias)
-    tolerance.assert_within(out, reference(x, w, w_scale, bias, dtype=torch.float64), reference(x, w, w_scale, bias))
+    args = int8_cases.make(m, n, k, dtype, DEVICE)
+    out = kernel("int8_scaled_matmul")(*args)
+    tolerance.assert_within(out, SCALED.reference(*args, dtype=torch.float64), SCALED.reference(*args))
 
 
 @pytest.mark.parametrize("g", [32, 64, 128])
@@ -45,12 +46,66 @@ def test_int4_matmul(m, n, g, dtype):
     check_float_matmul(kernel("int4_matmul")(x, *packed, bias), x, weight, bias)
 
 
-@pytest.mark.parametrize("op", ops.__all__)
+EPILOGUES = pytest.mark.parametrize(
+    ("m", "n", "activation"), [(3, 33, "none"), *((m, n, gate) for gate in GATES for m, n in ((1, 16), (18, 144)))]
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EPILOGUES
+def test_int8_matmul_epilogues(m, n, activation, dtype):
+    x, w, w_scale, _ = int8_cases.make(m, n, 96, dtype, DEVICE)
+    weight = int8_cases.op.dequantize(w, w_scale, dtype=torch.float64)
+    for bias, residual in epilogues(m, n, activation, dtype, DEVICE):
+        out = kernel("int8_matmul")(x, w, w_scale, bias, residual, activation)
+        check_epilogue(out, x, weight, bias, residual, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EPILOGUES
+def test_int4_matmul_epilogues(m, n, activation, dtype):
+    x, *packed, _ = int4_cases.make(m, n, 96, 32, dtype, DEVICE)
+    weight = int4_cases.op.dequantize(*packed, dtype=torch.float64)
+    for bias, residual in epilogues(m, n, activation, dtype, DEVICE):
+        out = kernel("int4_matmul")(x, *packed, bias, residual, activation)
+        check_epilogue(out, x, weight, bias, residual, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EPILOGUES
+def test_int8_scaled_matmul_epilogues(m, n, activation, dtype):
+    x, w, w_scale, _ = int8_cases.make(m, n, 96, dtype, DEVICE)
+    q, x_scale = kernel("int8_quantize")(x)
+    for bias, residual in epilogues(m, n, activation, dtype, DEVICE):
+        args = w, w_scale, bias, residual, activation
+        out = kernel("int8_scaled_matmul")(x, *args)
+        tolerance.assert_within(out, SCALED.reference(x, *args, dtype=torch.float64), SCALED.reference(x, *args))
+        given = kernel("int8_scaled_matmul")(q, *args, x_scale=x_scale, out_dtype=dtype)
+        assert torch.equal(out, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 30, 1024, 2500])
+def test_int8_quantize(k, dtype):
+    x, weight = activations(5, k, dtype=dtype, device=DEVICE), torch.rand(k, device=DEVICE) + 0.5
+    x[1], x[2, 0], x[3, 0] = 0, float("nan"), float("inf")
+    for norm_weight in (None, weight.to(dtype), weight):
+        q, x_scale = kernel("int8_quantize")(x, norm_weight, 1e-5)
+        expected = QUANTIZE.reference(x, norm_weight, 1e-5)
+        if DEVICE == "cpu" and dtype == torch.bfloat16 and norm_weight is not None:
+            assert (q.int() - expected[0].int()).abs().max() <= 2  # the interpreter cuts to bf16 instead of rounding
+            torch.testing.assert_close(x_scale, expected[1], rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+            continue
+        assert torch.equal(q, expected[0])
+        torch.testing.assert_close(x_scale, expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["int4_matmul", "int8_matmul", "int8_scaled_matmul"])
 def test_refuses_other_layouts(op):
     x, w, w_scale, _ = int8_cases.make(2, 32, 64, torch.float32, DEVICE)
     zeros = (torch.zeros(32, 2, device=DEVICE),) if op == "int4_matmul" else ()
     with pytest.raises(ValueError, match=f"{op}: layout must be 'row'"):
-        kernel(op)(x, w, w_scale, *zeros, None, "panel16")
+        kernel(op)(x, w, w_scale, *zeros, layout="panel16")
 
 
 def test_the_wrapper_falls_back_to_triton(monkeypatch):

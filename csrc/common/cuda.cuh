@@ -150,11 +150,11 @@ inline Tensor as_matrix(const Tensor& x, const MatmulShape& shape) {
   return torch::stable::reshape(x, {shape.m, shape.k});
 }
 
-// An uninitialised y [..., N] for x [..., K].
-inline Tensor empty_output(const Tensor& x, int64_t n) {
+// An uninitialised y [..., N] for x [..., K], by default of the dtype of x.
+inline Tensor empty_output(const Tensor& x, int64_t n, std::optional<ScalarType> type = std::nullopt) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
-  return torch::stable::new_empty(x, sizes);
+  return torch::stable::new_empty(x, sizes, type);
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
@@ -199,10 +199,12 @@ void launch_clusters(const char* op, void (*kernel)(Args), int64_t blocks, int t
   FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
-// How many clusters of the kernel run at once with one block a multiprocessor; some of them fit no whole cluster.
+// How many clusters of the kernel run at once with at most `resident` blocks a multiprocessor; some of them fit no whole
+// cluster.
 template <typename Args>
-int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context) {
-  const int limit = context.limits().multiprocessors / ranks;
+int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, int resident,
+                      const LaunchContext& context) {
+  const int limit = context.limits().multiprocessors * resident / ranks;
   if (ranks <= 2) return limit;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;  // of kernel, device, ranks, shared memory
@@ -214,9 +216,8 @@ int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_byt
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
-    count = std::max(1, std::min(count, limit));
   }
-  return count;
+  return std::max(1, std::min(count, limit));
 }
 
 }  // namespace fastinfer

@@ -1,7 +1,7 @@
-// Argument checks of the quantised matmuls, the same on every device. Errors name the op, the argument and what was expected.
+// Argument checks of the matmuls, the same on every device. Errors name the op, the argument and what was expected.
 #pragma once
 
-#include "common/tensor.h"
+#include "common/epilogue.h"
 
 namespace fastinfer {
 
@@ -22,24 +22,46 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
                   " must be on the device of x");
 }
 
-inline void check_activations(const char* op, const Tensor& x) {
+inline void check_x(const char* op, const Tensor& x) {
   FASTINFER_CHECK(op, x.dim() >= 1, "x must have at least one dimension, got a scalar");
   FASTINFER_CHECK(op, is_float(x.scalar_type()), "x must be float32, bfloat16 or float16");
 }
 
-inline void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
-  if (!bias.has_value()) return;
-  check_same_device(op, "bias", *bias, x);
-  FASTINFER_CHECK(op, bias->dim() == 1 && bias->size(0) == n, "bias must be [", n, "], got ", shape_text(*bias));
-  FASTINFER_CHECK(op, bias->scalar_type() == x.scalar_type() || bias->scalar_type() == ScalarType::Float,
-                  "bias must have the dtype of x or float32");
-  FASTINFER_CHECK(op, bias->is_contiguous(), "bias must be contiguous");
+// The arguments of an op that say what becomes of x · wᵀ, and the dtype of y.
+struct EpilogueArguments {
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& residual;
+  const std::string& activation;
+  ScalarType y_type;
+};
+
+// bias [N] of the dtype of y or fp32, residual [..., N_out] of the dtype of y.
+inline Gate check_epilogue(const char* op, const EpilogueArguments& e, const Tensor& x, int64_t n) {
+  if (e.bias.has_value()) {
+    const Tensor& bias = *e.bias;
+    check_same_device(op, "bias", bias, x);
+    FASTINFER_CHECK(op, bias.dim() == 1 && bias.size(0) == n, "bias must be [", n, "], got ", shape_text(bias));
+    FASTINFER_CHECK(op, bias.scalar_type() == e.y_type || bias.scalar_type() == ScalarType::Float,
+                    "bias must have the dtype of y or float32");
+    FASTINFER_CHECK(op, bias.is_contiguous(), "bias must be contiguous");
+  }
+  const Gate gate = check_activation(op, e.activation, n);
+  if (e.residual.has_value()) {
+    const Tensor& residual = *e.residual;
+    check_same_device(op, "residual", residual, x);
+    bool fits = residual.dim() == x.dim() && residual.size(x.dim() - 1) == out_features(gate, n);
+    for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) fits = residual.size(i) == x.size(i);
+    FASTINFER_CHECK(op, fits, "residual must be [..., ", out_features(gate, n), "] with the rows of x ", shape_text(x),
+                    ", got ", shape_text(residual));
+    FASTINFER_CHECK(op, residual.scalar_type() == e.y_type, "residual must have the dtype of y");
+    FASTINFER_CHECK(op, residual.is_contiguous(), "residual must be contiguous");
+  }
+  return gate;
 }
 
-// x [..., K], w [N, K] int8, w_scale [N] fp32.
-inline MatmulShape check_int8_matmul(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale,
-                                     const std::optional<Tensor>& bias) {
-  check_activations(op, x);
+// x [..., K], w [N, K] int8, w_scale [N] fp32; the dtype of x is left to the caller.
+inline MatmulShape check_int8_matmul(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale) {
+  FASTINFER_CHECK(op, x.dim() >= 1, "x must have at least one dimension, got a scalar");
   check_same_device(op, "w", w, x);
   check_same_device(op, "w_scale", w_scale, x);
   FASTINFER_CHECK(op, w.dim() == 2, "w must be [N, K], got ", shape_text(w));
@@ -52,14 +74,59 @@ inline MatmulShape check_int8_matmul(const char* op, const Tensor& x, const Tens
                   shape_text(w_scale));
   FASTINFER_CHECK(op, w_scale.scalar_type() == ScalarType::Float, "w_scale must be float32");
   FASTINFER_CHECK(op, w_scale.is_contiguous(), "w_scale must be contiguous");
-  check_bias(op, bias, x, n);
   return {rows_of(x), n, k};
+}
+
+// What int8_scaled_matmul takes x as, float or int8 with x_scale [...] fp32 and the dtype of y; returns that dtype.
+inline ScalarType check_scaled_activations(const char* op, const Tensor& x, const std::optional<Tensor>& x_scale,
+                                           const std::optional<ScalarType>& out_dtype) {
+  if (x.scalar_type() != ScalarType::Char) {
+    check_x(op, x);
+    FASTINFER_CHECK(op, !x_scale.has_value() && !out_dtype.has_value(),
+                    "x_scale and out_dtype must be None beside float x");
+    return x.scalar_type();
+  }
+  FASTINFER_CHECK(op, x_scale.has_value(), "x_scale must be given beside int8 x");
+  check_same_device(op, "x_scale", *x_scale, x);
+  bool fits = x_scale->dim() + 1 == x.dim();
+  for (int64_t i = 0; fits && i < x_scale->dim(); ++i) fits = x_scale->size(i) == x.size(i);
+  FASTINFER_CHECK(op, fits, "x_scale must have the rows of x ", shape_text(x), ", got ", shape_text(*x_scale));
+  FASTINFER_CHECK(op, x_scale->scalar_type() == ScalarType::Float, "x_scale must be float32");
+  FASTINFER_CHECK(op, x_scale->is_contiguous(), "x_scale must be contiguous");
+  FASTINFER_CHECK(op, out_dtype.has_value() && is_float(*out_dtype),
+                  "out_dtype must be float32, bfloat16 or float16 beside int8 x");
+  return *out_dtype;
+}
+
+// x [..., K] and w [N, K] of one float dtype.
+inline MatmulShape check_linear(const char* op, const Tensor& x, const Tensor& w) {
+  check_x(op, x);
+  check_same_device(op, "w", w, x);
+  FASTINFER_CHECK(op, w.dim() == 2, "w must be [N, K], got ", shape_text(w));
+  FASTINFER_CHECK(op, w.scalar_type() == x.scalar_type(), "w must have the dtype of x");
+  FASTINFER_CHECK(op, w.is_contiguous(), "w must be contiguous");
+  FASTINFER_CHECK(op, x.size(x.dim() - 1) == w.size(1), "x must be [..., ", w.size(1), "] to match w ", shape_text(w),
+                  ", got ", shape_text(x));
+  return {rows_of(x), w.size(0), w.size(1)};
+}
+
+// x [..., K] and norm_weight [K], of the dtype of x or fp32.
+inline void check_int8_quantize(const char* op, const Tensor& x, const std::optional<Tensor>& norm_weight) {
+  check_x(op, x);
+  if (!norm_weight.has_value()) return;
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(op, "norm_weight", *norm_weight, x);
+  FASTINFER_CHECK(op, norm_weight->dim() == 1 && norm_weight->size(0) == k, "norm_weight must be [", k, "], got ",
+                  shape_text(*norm_weight));
+  FASTINFER_CHECK(op, norm_weight->scalar_type() == x.scalar_type() || norm_weight->scalar_type() == ScalarType::Float,
+                  "norm_weight must have the dtype of x or float32");
+  FASTINFER_CHECK(op, norm_weight->is_contiguous(), "norm_weight must be contiguous");
 }
 
 // x [..., K], w [N, K/2] int8, w_scale and w_zero [N, K/G] fp16, bf16 or fp32; G is 32, 64 or 128.
 inline MatmulShape check_int4_matmul(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale,
-                                     const Tensor& w_zero, const std::optional<Tensor>& bias) {
-  check_activations(op, x);
+                                     const Tensor& w_zero) {
+  check_x(op, x);
   check_same_device(op, "w", w, x);
   check_same_device(op, "w_scale", w_scale, x);
   check_same_device(op, "w_zero", w_zero, x);
@@ -80,7 +147,6 @@ inline MatmulShape check_int4_matmul(const char* op, const Tensor& x, const Tens
   FASTINFER_CHECK(op, w_zero.dim() == 2 && w_zero.size(0) == n && w_zero.size(1) == groups, "w_zero must be ",
                   shape_text(w_scale), " like w_scale, got ", shape_text(w_zero));
   FASTINFER_CHECK(op, w_zero.is_contiguous(), "w_zero must be contiguous");
-  check_bias(op, bias, x, n);
   return {rows_of(x), n, k};
 }
 

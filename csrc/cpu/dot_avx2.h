@@ -3,6 +3,14 @@
 // sums: as many instructions in all, and measured 7% slower.)
 // Included in avx2's namespace by int8_scaled_matmul_kernel.h.
 
+FI_INLINE void store_quantised(int16_t* out, const Int* q) {
+  store_int(out, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8));
+}
+
+FI_INLINE void store_quantised(int16_t* out, const int8_t* q) {
+  store_int(out, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+}
+
 struct DotOp {
   using X = int16_t;
   using Acc = int32_t;
@@ -13,10 +21,6 @@ struct DotOp {
   static constexpr bool kExpands = true, kScalesX = true;
 
   static void prepare(const Job&, int64_t, int64_t, int64_t, const uint8_t*, char*) {}
-
-  static FI_INLINE void store_quantised(int16_t* out, const Int* q) {
-    store_int(out, _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8));
-  }
 
   // Bytes 2·HALF and 2·HALF + 1 of each lane, signed, as a pair of 16-bit numbers.
   template <int HALF>

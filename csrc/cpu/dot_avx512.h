@@ -2,6 +2,15 @@
 // x is held as u8, q + 128; prepare() sums the panel's weights, and −128 · Σ w takes the shift out again.
 // Included in avx512's namespace by int8_scaled_matmul_kernel.h.
 
+FI_INLINE void store_quantised(uint8_t* out, const Int* q) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(add_int(q[0], broadcast_int(128))));
+}
+
+FI_INLINE void store_quantised(uint8_t* out, const int8_t* q) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi8(bytes, _mm_set1_epi8(-128)));
+}
+
 struct DotOp {
   using X = uint8_t;
   using Acc = int32_t;
@@ -22,10 +31,6 @@ struct DotOp {
     for (; units > 0; --units, line += 64) sums[0] = _mm512_dpbusd_epi32(sums[0], ones, load_int(line));
     const Int sum = add_int(add_int(sums[0], sums[1]), add_int(sums[2], sums[3]));
     store_int(side, _mm512_sub_epi32(zero_int(), _mm512_slli_epi32(sum, 7)));
-  }
-
-  static FI_INLINE void store_quantised(uint8_t* out, const Int* q) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(add_int(q[0], broadcast_int(128))));
   }
 
   template <int ROWS, int PANELS, class Call>

@@ -8,6 +8,7 @@
 
 #include "cpu/matmul.h"
 
+#include <cmath>
 #include <cstring>
 
 #define FI_INLINE inline __attribute__((always_inline))
@@ -16,6 +17,7 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"   // vector types as template arguments
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in gcc 12's own intrinsics headers
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #define FASTINFER_AVX512 0
 #pragma GCC push_options

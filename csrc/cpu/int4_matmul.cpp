@@ -1,4 +1,4 @@
-// int4_matmul: y[M,N] = x[M,K] · ((q − w_zero) · w_scale)ᵀ + bias, groups of G columns, computed in fp32
+// int4_matmul: y = act(x[M,K] · ((q[N,K] − w_zero) · w_scale)ᵀ + bias) + residual, groups of G columns, in fp32
 // Source    group-wise weights as in Frantar et al., GPTQ, arXiv 2210.17323, §4
 // Layout    LAYOUTS.md#int4-row, #panel16 (faster: read in place)
 // Requires  AVX2, FMA, F16C; AVX-512 where there is one
@@ -12,9 +12,11 @@
 namespace fastinfer {
 
 Tensor int4_matmul_cpu(const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero,
-                       const std::optional<Tensor>& bias, const std::string& layout) {
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                       const std::string& activation, const std::string& layout) {
   constexpr const char* kOp = "int4_matmul";
-  Matmul matmul(kOp, check_int4_matmul(kOp, x, w, w_scale, w_zero, bias), x, w, bias, layout);
+  const MatmulShape shape = check_int4_matmul(kOp, x, w, w_scale, w_zero);
+  Matmul matmul(kOp, shape, x, w, {bias, residual, activation, x.scalar_type()}, layout);
   matmul.job.group_scale = static_cast<const char*>(w_scale.const_data_ptr());
   matmul.job.group_zero = static_cast<const char*>(w_zero.const_data_ptr());
   matmul.job.group_dtype = dtype_of(w_scale);

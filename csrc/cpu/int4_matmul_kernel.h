@@ -3,6 +3,8 @@
 // made before it is multiplied: scale · Σ x · (q − 8) + offset · Σ x would spare a multiply-add, but cancels where a group's
 // weights have one sign, and overflows where x is large.
 
+#include "cpu/epilogue.h"
+
 #include "cpu/panel_matmul.h"
 
 #include "cpu/float_op.h"

@@ -1,5 +1,7 @@
 // int8 weights times float activations. Included once per instruction set by each_isa.h.
 
+#include "cpu/epilogue.h"
+
 #include "cpu/panel_matmul.h"
 
 #include "cpu/float_op.h"

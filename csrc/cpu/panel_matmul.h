@@ -8,11 +8,11 @@
 //             w [k][16 channels] ─────────┴→ tile     else: expand() a block of K once, tile() for each row block
 //
 // Memory    a block's lines prefetch those of the next block: the hardware is slow to follow several streams
-// Included once per instruction set by each_isa.h. `Op` is the arithmetic (float_op.h, dot_avx2.h, dot_avx512.h):
+// Included once per instruction set by each_isa.h, after epilogue.h. `Op` is the arithmetic (float_op.h, dot_avx2.h, dot_avx512.h):
 //   X, Acc, Expanded, Side   element types: packed x, sums, expanded weights, whatever a panel needs beside its lines
 //   kUnit, kBlock, kSide     columns in a unit of 4 bytes; columns a pass; Side elements for a panel and pass
 //   kExpands, kExpandedPanel whether there is expand() and tile(); elements from a panel's first to the next panel's
-//   kScalesX                 whether pack_row quantises x and fills in x_scale
+//   kScalesX                 whether pack_row quantises x and fills in x_scale; there is copy_row for an int8 x then
 //   kStreamAccumulators      the most accumulators of stream()
 //   pack_row, prepare        a row of x to the packed form; what a panel needs in Side for a pass
 //   expand, tile, stream     the work itself
@@ -44,52 +44,29 @@ inline const uint8_t* panel_lines(const PackedWeights& w, int64_t panel, int64_t
   return packed;
 }
 
-constexpr int64_t bytes_in(Dtype t) { return t == Dtype::kFloat ? 4 : 2; }
-
-template <Dtype T>
-FI_INLINE void load_chunk(const char* p, Float* out) {  // 16 elements as floats
-  FI_UNROLL
-  for (int v = 0; v < kLineVecs; ++v) out[v] = load_as_float<T>(p + v * kLanes * bytes_in(T));
-}
-
-template <Dtype T>
-FI_INLINE void load_some(const char* p, int64_t count, Float* out) {  // the same, those past `count` 0
-  if (count >= kChunk) return load_chunk<T>(p, out);
-  alignas(64) char padded[kChunk * 4] = {};
-  if (count > 0) std::memcpy(padded, p, count * bytes_in(T));
-  load_chunk<T>(padded, out);
-}
-
-inline void load_some(Dtype type, const char* p, int64_t index, int64_t count, float* out) {
-  Float values[kLineVecs];
-  p += index * bytes_of(type);
-  if (type == Dtype::kFloat) load_some<Dtype::kFloat>(p, count, values);
-  if (type == Dtype::kBFloat16) load_some<Dtype::kBFloat16>(p, count, values);
-  if (type == Dtype::kHalf) load_some<Dtype::kHalf>(p, count, values);
-  for (int v = 0; v < kLineVecs; ++v) store(out + v * kLanes, values[v]);
-}
-
 FI_INLINE Float load_sums(const float* p) { return load(p); }
 FI_INLINE Float load_sums(const int32_t* p) { return to_float(load_int(p)); }
 
-// y = sum · (x_scale · w_scale) + bias for sums [rows][channels] at (row0, column); channels from N on are left out.
-template <Dtype T, class Acc>
+// v = sum · (x_scale · w_scale) + bias for sums [rows][channels] at (row0, column), and on to y. PLAIN: without a gate or
+// a residual; apart, for its loop needs all the registers.
+template <Dtype T, bool PLAIN, class Acc>
 void finish(const Job& job, int64_t row0, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
             const float* x_scales, const float* scale, const float* bias) {
-  constexpr int64_t kBytes = bytes_in(T);
-  alignas(64) char padded[kPanel * 4];
   for (int64_t row = 0; row < rows; ++row) {
     const Float x_scale = broadcast(x_scales == nullptr ? 1.0f : x_scales[row0 + row]);
     for (int64_t c = 0; c < channels && column + c < job.n; c += kPanel) {
-      char* y = job.y + ((row0 + row) * job.n + column + c) * kBytes;
-      const int64_t count = job.n - column - c;
-      char* target = count < kPanel ? padded : y;
-      for (int64_t v = 0; v < kPanel; v += kLanes) {
-        const Float sum = load_sums(sums + row * channels + c + v);
-        const Float value = fma(sum, mul(x_scale, load(scale + c + v)), load(bias + c + v));
-        store_from_float<T>(target + v * kBytes, value);
+      Float values[kLineVecs];
+      FI_UNROLL
+      for (int v = 0; v < kLineVecs; ++v) {
+        const int64_t at = c + v * kLanes;
+        values[v] = fma(load_sums(sums + row * channels + at), mul(x_scale, load(scale + at)), load(bias + at));
       }
-      if (count < kPanel) std::memcpy(y, padded, count * kBytes);
+      if constexpr (PLAIN) {
+        char* y = job.out.y + ((row0 + row) * job.n + column + c) * bytes_in(T);
+        store_some<T>(y, job.n - column - c, values);
+      } else {
+        store_panel<T>(job.out, row0 + row, column + c, values);
+      }
     }
   }
 }
@@ -215,19 +192,28 @@ struct PanelMatmul {
     if (job.w_scale != nullptr) {
       load_some(Dtype::kFloat, reinterpret_cast<const char*>(job.w_scale), column, count, scale);
     }
-    if (job.bias != nullptr) load_some(job.bias_dtype, job.bias, column, count, bias);
+    if (job.out.bias != nullptr) load_some(job.out.bias_dtype, job.out.bias, column, count, bias);
   }
 
   static void write(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
                     const float* scale, const float* bias) {
-    const float* x_scales = job.x_scale;
-    switch (job.x_dtype) {
+    switch (job.out.dtype) {
       case Dtype::kFloat:
-        return finish<Dtype::kFloat>(job, row, rows, column, channels, sums, x_scales, scale, bias);
+        return write_as<Dtype::kFloat>(job, row, rows, column, channels, sums, scale, bias);
       case Dtype::kBFloat16:
-        return finish<Dtype::kBFloat16>(job, row, rows, column, channels, sums, x_scales, scale, bias);
+        return write_as<Dtype::kBFloat16>(job, row, rows, column, channels, sums, scale, bias);
       case Dtype::kHalf:
-        return finish<Dtype::kHalf>(job, row, rows, column, channels, sums, x_scales, scale, bias);
+        return write_as<Dtype::kHalf>(job, row, rows, column, channels, sums, scale, bias);
+    }
+  }
+
+  template <Dtype T>
+  static void write_as(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t channels, const Acc* sums,
+                       const float* scale, const float* bias) {
+    if (job.out.gate == Gate::kNone && job.out.residual == nullptr) {
+      finish<T, true>(job, row, rows, column, channels, sums, job.x_scale, scale, bias);
+    } else {
+      finish<T, false>(job, row, rows, column, channels, sums, job.x_scale, scale, bias);
     }
   }
 
@@ -238,19 +224,21 @@ struct PanelMatmul {
       const int64_t row0 = block * job.rows_per_block;
       const int64_t rows = job.m - row0 < job.rows_per_block ? job.m - row0 : job.rows_per_block;
       X* target = reinterpret_cast<X*>(job.packed) + row0 * columns;
-      for (int64_t r = 0; r < rows; ++r) {
-        switch (job.x_dtype) {
-          case Dtype::kFloat:
-            Op::template pack_row<Dtype::kFloat>(job, row0 + r, target + r * kChunk, rows * kChunk);
-            break;
-          case Dtype::kBFloat16:
-            Op::template pack_row<Dtype::kBFloat16>(job, row0 + r, target + r * kChunk, rows * kChunk);
-            break;
-          case Dtype::kHalf:
-            Op::template pack_row<Dtype::kHalf>(job, row0 + r, target + r * kChunk, rows * kChunk);
-            break;
-        }
-      }
+      for (int64_t r = 0; r < rows; ++r) pack_one(job, row0 + r, target + r * kChunk, rows * kChunk);
+    }
+  }
+
+  static void pack_one(const Job& job, int64_t row, X* target, int64_t stride) {
+    if constexpr (Op::kScalesX) {
+      if (job.quantised_scale != nullptr) return Op::copy_row(job, row, target, stride);
+    }
+    switch (job.x_dtype) {
+      case Dtype::kFloat:
+        return Op::template pack_row<Dtype::kFloat>(job, row, target, stride);
+      case Dtype::kBFloat16:
+        return Op::template pack_row<Dtype::kBFloat16>(job, row, target, stride);
+      case Dtype::kHalf:
+        return Op::template pack_row<Dtype::kHalf>(job, row, target, stride);
     }
   }
 

@@ -33,11 +33,20 @@ FI_INLINE void store_int(void* p, Int v) { _mm256_storeu_si256(static_cast<Int*>
 FI_INLINE Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
 FI_INLINE Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
 
+FI_INLINE Float power_of_two(Int n) {  // −126 … 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(add_int(n, broadcast_int(127)), 23));
+}
+
 FI_INLINE Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
 FI_INLINE Int magnitude_bits(Float v) { return _mm256_and_si256(_mm256_castps_si256(v), broadcast_int(0x7fffffff)); }
 FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(v); }  // halves to even, as threads start
 FI_INLINE Float clamp(Float v, float most) {
   return _mm256_min_ps(_mm256_max_ps(v, broadcast(-most)), broadcast(most));
+}
+FI_INLINE void store_quantised(int8_t* out, const Int* q) {  // 16 numbers that fit a byte
+  const Int words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+  const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(low, high));
 }
 inline int32_t reduce_max(Int v) {
   alignas(32) int32_t lanes[kLanes];

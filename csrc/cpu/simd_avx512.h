@@ -33,6 +33,10 @@ FI_INLINE void store_int(void* p, Int v) { _mm512_storeu_si512(p, v); }
 FI_INLINE Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
 FI_INLINE Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 
+FI_INLINE Float power_of_two(Int n) {  // −126 … 127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(add_int(n, broadcast_int(127)), 23));
+}
+
 FI_INLINE Int max_int(Int a, Int b) { return _mm512_max_epi32(a, b); }
 FI_INLINE Int magnitude_bits(Float v) { return _mm512_and_si512(_mm512_castps_si512(v), broadcast_int(0x7fffffff)); }
 FI_INLINE Int round_to_int(Float v) {  // halves to even
@@ -40,6 +44,9 @@ FI_INLINE Int round_to_int(Float v) {  // halves to even
 }
 FI_INLINE Float clamp(Float v, float most) {
   return _mm512_min_ps(_mm512_max_ps(v, broadcast(-most)), broadcast(most));
+}
+FI_INLINE void store_quantised(int8_t* out, const Int* q) {  // 16 numbers that fit a byte
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(q[0]));
 }
 FI_INLINE int32_t reduce_max(Int v) { return _mm512_reduce_max_epi32(v); }
 FI_INLINE float reduce_add(Float v) { return _mm512_reduce_add_ps(v); }

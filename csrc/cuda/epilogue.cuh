@@ -1,15 +1,14 @@
-// What a matmul does with its sums before they are stored: scales, bias, residual, gated activation, the cast.
+// What a matmul does with its sums before they are stored: scales, bias, gate, residual, the cast.
+// y = gate(v) + residual with v = sum · x_scale · w_scale + bias; gates take rows of w as in LAYOUTS.md#gate-up.
 #pragma once
 
 #include <type_traits>
 
 #include "common/cuda.cuh"
+#include "common/matmul_checks.h"
 
 namespace fastinfer {
 
-enum class Gate : int { kNone, kSilu, kGelu, kGeluTanh };
-
-// The first half of the rows of w is the gate, the second what it multiplies: y[m, n] = gate(v[m, n]) · v[m, N/2 + n].
 __device__ __forceinline__ float gate_value(Gate gate, float v) {
   if (gate == Gate::kSilu) return v / (1.f + __expf(-v));
   if (gate == Gate::kGelu) return 0.5f * v * (1.f + erff(v * 0.70710678f));
@@ -20,12 +19,12 @@ struct Epilogue {
   const float* x_scale = nullptr;  // [M], int8 activations
   const float* w_scale = nullptr;  // [N], int8 weights
   const void* bias = nullptr;      // [N] of bias_type
-  const void* residual = nullptr;  // [M, N] of y_type
+  const void* residual = nullptr;  // as y
   void* y = nullptr;               // [M, N], or [M, N/2] where gated, of y_type
   Element bias_type{}, y_type{};
   Gate gate = Gate::kNone;
   int n = 0;         // rows of w that are written, N
-  int y_stride = 0;  // elements from row to row of y and residual
+  int y_stride = 0;  // elements from row to row of y and residual: columns of y
 
   // The last steps of the int8 result are rounded alike in every kernel: a row must not depend on which one ran.
   template <typename Accumulator>
@@ -36,19 +35,24 @@ struct Epilogue {
     if (bias != nullptr) v = __fadd_rn(v, load_float(bias, bias_type, row));
     return v;
   }
-  template <typename Accumulator>
-  __device__ __forceinline__ void store(int token, int row, Accumulator sum) const {
-    if (row >= n) return;
-    float v = value(token, row, sum);
-    const int64_t at = int64_t(token) * y_stride + row;
+  // `v` plus the residual to column `column` of y.
+  __device__ __forceinline__ void store_value(int token, int column, float v) const {
+    const int64_t at = int64_t(token) * y_stride + column;
     if (residual != nullptr) v += load_float(residual, y_type, at);
     store_float(y, y_type, at, v);
   }
+  // The one way from sums to y: what a lane holds of a tile of 16 rows, sums of rows `row` and row + 8 for a token. They
+  // are two values of y, or where gated (N is a multiple of 16 then) one. Rows from N on are dropped.
   template <typename Accumulator>
-  __device__ __forceinline__ void store_gated(int token, int row, Accumulator gate_sum, Accumulator up_sum) const {
-    if (row >= n / 2) return;
-    const float v = gate_value(gate, value(token, row, gate_sum)) * value(token, n / 2 + row, up_sum);
-    store_float(y, y_type, int64_t(token) * y_stride + row, v);
+  __device__ __forceinline__ void store_pair(int token, int row, Accumulator sum, Accumulator sum_of_row_8) const {
+    if (row >= n) return;
+    const float v = value(token, row, sum);
+    if (gate != Gate::kNone) {
+      store_value(token, row / 16 * 8 + row % 8, gate_value(gate, v) * value(token, row + 8, sum_of_row_8));
+      return;
+    }
+    store_value(token, row, v);
+    if (row + 8 < n) store_value(token, row + 8, value(token, row + 8, sum_of_row_8));
   }
 };
 
@@ -72,5 +76,20 @@ struct RowTerms {
     return __fadd_rn(__fmul_rn(v, scale[i]), bias[i]);
   }
 };
+
+// The epilogue of an op whose kernel writes y [M, N_out] itself.
+inline Epilogue make_epilogue(const Tensor& y, const MatmulShape& shape, const EpilogueArguments& arguments,
+                              Gate gate) {
+  Epilogue e;
+  e.y = y.mutable_data_ptr();
+  e.y_type = element_of(y.scalar_type());
+  e.bias = data_or_null(arguments.bias);
+  e.bias_type = arguments.bias.has_value() ? element_of(arguments.bias->scalar_type()) : Element::kFloat;
+  e.residual = data_or_null(arguments.residual);
+  e.gate = gate;
+  e.n = static_cast<int>(shape.n);
+  e.y_stride = static_cast<int>(out_features(gate, shape.n));
+  return e;
+}
 
 }  // namespace fastinfer

@@ -1,13 +1,15 @@
-// int4_matmul: y[M,N] = x[M,K] · ((w[N,K] − w_zero[N,K/G]) · w_scale[N,K/G])ᵀ + bias[N], fp32 accumulation
+// int4_matmul: y = act(x[M,K] · ((w[N,K] − w_zero[N,K/G]) · w_scale[N,K/G])ᵀ + bias[N]) + residual, fp32 accumulation
 // Source    own; the kernel is matmul_tile.cuh, its 4-bit-to-half conversion is named in common/mma.cuh
 // Layout    LAYOUTS.md#int4-row, #tile-w4a16
 // Requires  sm80+; G = 32, 64 or 128
-// Mapping   tile layout: tile_matmul.cuh. Row layout, few rows: matmul_tile (above 16 after prepare_x, fp32 x up to 8: gemv_fp32); else dequantise + torch's linear
+// Mapping   tile layout: tile_matmul.cuh. Row layout, few rows: matmul_tile (above 16 after prepare_x, fp32 x up to 8: gemv_fp32); else dequantise + torch's
+//           linear; activation and residual after any of them by apply_epilogue
 // Bound     memory below M ≈ 50: N·K/2 bytes of weights + 2·N·K/G elements of scales and zero points
 // Numerics  a group contributes w_scale · (Σ q·x − w_zero · Σ x), products exact, sums fp32; an infinite x gives NaN
 // Verified  tests/test_int4_matmul.py
 
 #include "common/matmul_checks.h"
+#include "cuda/apply_epilogue.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/gemv_fp32.cuh"
 #include "cuda/int4_tile.cuh"
@@ -67,42 +69,48 @@ void launch_int4(const char* op, const TileArgs& args, const Tensor& x, const La
 
 // w [N, K/2] and its scales in the layout tile_w4a16.
 static Tensor int4_matmul_tiles(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale,
-                                const Tensor& w_zero, const std::optional<Tensor>& bias, const MatmulShape& shape,
-                                const std::string& layout, const LaunchContext& context) {
+                                const Tensor& w_zero, const EpilogueArguments& arguments, Gate gate,
+                                const MatmulShape& shape, const std::string& layout, const LaunchContext& context) {
   check_tile_layout(op, shape, layout, context);
   FASTINFER_CHECK(op, w_scale.scalar_type() != ScalarType::Float, "w_scale must be float16 or bfloat16 in layout \"",
                   layout, "\"");
   FASTINFER_CHECK(op, is_aligned16(w) && is_aligned16(w_scale) && is_aligned16(w_zero),
                   "w, w_scale and w_zero must start on 16-byte boundaries in layout \"", layout, "\"");
   if (x.scalar_type() == ScalarType::Float) {
-    return dense_linear(x, dequantize_int4_tiles(op, w, w_scale, w_zero, x, context), bias);
+    const LaterEpilogue epilogue{op, arguments.residual, gate, arguments.y_type};
+    const Tensor weight = dequantize_int4_tiles(op, w, w_scale, w_zero, x, context);
+    return epilogue.apply(dense_linear(x, weight, arguments.bias), context);
   }
-  const Tensor y = empty_output(x, shape.n), rows_x = aligned_rows(as_matrix(x, shape), 1);
+  const Tensor y = empty_output(x, out_features(gate, shape.n)), rows_x = aligned_rows(as_matrix(x, shape), 1);
   TileProblem p{op, rows_x, w.const_data_ptr(), w_scale.const_data_ptr(), w_zero.const_data_ptr()};
   p.scale_type = element_of(w_scale.scalar_type());
   p.groups = static_cast<int>(w_scale.size(1));
-  p.epilogue = tile_epilogue(y, shape, bias);
+  p.epilogue = make_epilogue(y, shape, arguments, gate);
   p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
   x.scalar_type() == ScalarType::Half ? int4_tile_matmul_half(p, context) : int4_tile_matmul_bf16(p, context);
   return y;
 }
 
 Tensor int4_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero,
-                        const std::optional<Tensor>& bias, std::string layout) {
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        std::string activation, std::string layout) {
   constexpr const char* op = "int4_matmul";
-  const MatmulShape shape = check_int4_matmul(op, x, w, w_scale, w_zero, bias);
+  const MatmulShape shape = check_int4_matmul(op, x, w, w_scale, w_zero);
+  const EpilogueArguments arguments{bias, residual, activation, x.scalar_type()};
+  const Gate gate = check_epilogue(op, arguments, x, shape.n);
   check_cuda_layout(op, layout, "tile_w4a16");
   const LaunchContext context(op, x);
   const bool fp32 = x.scalar_type() == ScalarType::Float;
-  if (shape.m == 0 || shape.n == 0) return empty_output(x, shape.n);
-  if (layout != "row") return int4_matmul_tiles(op, x, w, w_scale, w_zero, bias, shape, layout, context);
+  if (shape.m == 0 || shape.n == 0) return empty_output(x, out_features(gate, shape.n));
+  if (layout != "row") return int4_matmul_tiles(op, x, w, w_scale, w_zero, arguments, gate, shape, layout, context);
+  const LaterEpilogue epilogue{op, residual, gate, x.scalar_type()};
   if (shape.m >= kInt4DenseRows || (fp32 && shape.m > 8)) {
-    return dense_linear(x, dequantize_int4(op, w, w_scale, w_zero, x, context), bias);
+    return epilogue.apply(dense_linear(x, dequantize_int4(op, w, w_scale, w_zero, x, context), bias), context);
   }
 
-  Tensor y = empty_output(x, shape.n);
+  const Tensor v = empty_output(x, shape.n, epilogue.v_type());
   const Tensor rows_x = aligned_rows(as_matrix(x, shape), 1), rows_w = aligned_rows(w, 1);
-  TileArgs args = matmul_args(op, rows_x, rows_w, w_scale, bias, y, shape);
+  TileArgs args = matmul_args(op, rows_x, rows_w, w_scale, bias, v, shape);
   args.k = static_cast<int>(shape.k);
   args.w_zero = w_zero.const_data_ptr();
   args.scale_type = element_of(w_scale.scalar_type());
@@ -120,7 +128,7 @@ Tensor int4_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w_scale,
       }
     });
   }
-  return y;
+  return epilogue.apply(v, context);
 }
 
 }  // namespace fastinfer

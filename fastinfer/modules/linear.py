@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastinfer import ops
-from fastinfer.modules.quantized import QuantizedModule
+from fastinfer.modules.siblings import PAIR, Sibling
 from fastinfer.ops._common import FLOATS
 from fastinfer.ops.int4_matmul import dequantize as dequantize_int4
 from fastinfer.ops.int8_matmul import dequantize as dequantize_int8
@@ -25,10 +25,10 @@ class _FrozenLinear(torch.autograd.Function):
     """A quantised linear with gradients for its input and bias; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x, bias, module):
+    def forward(ctx, x, bias, module, share):
         ctx.module, ctx.x_dtype = module, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return module.matmul(x)
+        return module.matmul(x, bias) if share is None else share.data
 
     @staticmethod
     def backward(ctx, grad):
@@ -37,10 +37,10 @@ class _FrozenLinear(torch.autograd.Function):
             grad_x = (grad @ ctx.module.dequantize(grad.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None
+        return grad_x, grad_bias, None, None
 
 
-class QuantizedLinear(QuantizedModule, nn.Linear):
+class QuantizedLinear(Sibling, nn.Linear):
     """What Int8Linear and Int4Linear share. Takes tensors as they are; `from_float` quantises.
 
     `weight_error` is ‖ŵ − w‖ / ‖w‖ where the module was made by `from_float`, else None.
@@ -56,9 +56,13 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self._init_quantized(weight, layout, like)
         self.register_parameter("bias", bias)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """The op on this module's tensors, without gradients."""
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+        """The op on this module's weight, without gradients; an activation takes the weight as a merged gate and up."""
         raise NotImplementedError
+
+    def alike(self, packed: dict[str, torch.Tensor], bias: nn.Parameter | None, layout: str) -> QuantizedLinear:
+        """A linear like this one on other tensors."""
+        return type(self)(**packed, bias=bias, like=self.compute_dtype, layout=layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight [N, K] that this module multiplies by, in `dtype` (default: `compute_dtype`)."""
@@ -69,6 +73,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """What the kernels call the bits of weights and activations: "w4a16", "w8a16" or "w8a8"."""
         raise NotImplementedError
 
+    def _operands(self) -> tuple:
+        """Weight, scales, and the layout they are in, as an op takes them."""
+        layout = ROW if self.layout == PAIR else self.layout
+        return (*(self._in_layout(name, layout) for name in ("weight", *self.scales)), layout)
+
     def native_layout(self) -> str:
         size = self.out_features, self.in_features
         return native_layout(self.weight.device, self.kind, *size, self.compute_dtype)
@@ -76,20 +85,33 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def reset_parameters(self) -> None:
         raise RuntimeError(f"{type(self).__name__} has no random initialisation: build it from a float module")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype that this linear computes in."""
         if x.dtype in FLOATS:
             if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            elif self.compute_dtype == torch.float32:
-                x = x.float()  # a layer kept in fp32 beside 16-bit ones is kept for its range
-        bias = self.bias
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return _FrozenLinear.apply(x, bias, self)
-        return self.matmul(x)
+                return x.to(torch.get_autocast_dtype(x.device.type))
+            if self.compute_dtype == torch.float32:
+                return x.float()  # a layer kept in fp32 beside 16-bit ones is kept for its range
+        return x
 
-    def _bias_for(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The bias in a dtype that the op takes beside x."""
+    def trains(self, x: torch.Tensor) -> bool:
+        """Whether a call needs gradients."""
         bias = self.bias
+        return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given, x = x, self.cast(x)
+        trains = self.trains(x)
+        share = None
+        if self.siblings is not None and not (trains and torch.compiler.is_compiling()):
+            share = self.siblings.share(self, given, x)
+        if trains:
+            return _FrozenLinear.apply(x, self.bias, self, share)
+        return self.matmul(x, self.bias) if share is None else share
+
+    @staticmethod
+    def _bias_for(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias in a dtype that the op takes beside x."""
         return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.float()
 
 
@@ -124,12 +146,18 @@ class Int8Linear(QuantizedLinear):
     def kind(self) -> str:
         return "w8a16" if self.activations == "keep" else "w8a8"
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
         op = ops.int8_matmul if self.activations == "keep" else ops.int8_scaled_matmul
-        return op(x, self.weight, self.weight_scale, self._bias_for(x), self.layout)
+        w, w_scale, layout = self._operands()
+        return op(x, w, w_scale, self._bias_for(x, bias), activation=activation, layout=layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return dequantize_int8(self.weight, self.weight_scale, self.layout, dtype or self.compute_dtype)
+        w, w_scale, layout = self._operands()
+        return dequantize_int8(w, w_scale, layout, dtype or self.compute_dtype)
+
+    def alike(self, packed: dict[str, torch.Tensor], bias: nn.Parameter | None, layout: str) -> Int8Linear:
+        settings = {"like": self.compute_dtype, "activations": self.activations, "layout": layout}
+        return Int8Linear(**packed, bias=bias, **settings)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activations={self.activations!r}"
@@ -175,13 +203,13 @@ class Int4Linear(QuantizedLinear):
     def group_size(self) -> int:
         return self.in_features // self.weight_scale.shape[1]
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        scale, zero = (self._in_layout(name, self.layout) for name in self.scales)
-        return ops.int4_matmul(x, self.weight, scale, zero, self._bias_for(x), self.layout)
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+        w, w_scale, w_zero, layout = self._operands()
+        return ops.int4_matmul(x, w, w_scale, w_zero, self._bias_for(x, bias), activation=activation, layout=layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        scale, zero = (self._in_layout(name, self.layout) for name in self.scales)
-        return dequantize_int4(self.weight, scale, zero, self.layout, dtype or self.compute_dtype)
+        w, w_scale, w_zero, layout = self._operands()
+        return dequantize_int4(w, w_scale, w_zero, layout, dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"

@@ -59,9 +59,16 @@ class QuantizedModule(nn.Module):
         current = self.layout
         names = self.laid_out if current != layout else ()
         for name, converted in [(name, convert(self._in_layout(name, current), current, layout)) for name in names]:
-            getattr(self, name).data = converted
+            self._put(name, converted)
         for name in self.laid_out:
             setattr(getattr(self, name), MARK, layout)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` as what is called `name`. A Parameter keeps its identity; a buffer may be the caller's (assign=True)."""
+        if name in self._parameters:
+            getattr(self, name).data = tensor
+        else:
+            self._buffers[name] = tensor
 
     def _in_layout(self, name: str, layout: str) -> torch.Tensor:
         """The tensor `name` in the order `layout`. Who replaces the weight alone (accelerate) leaves scales in theirs."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from fastinfer import _native
-from fastinfer.ops.layout import PANEL16, ROW
+from fastinfer.ops.layout import GATE_ROWS, PANEL16, ROW
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,18 +20,18 @@ def describe(t: torch.Tensor) -> str:
 
 
 def check_matmul(
-    op: str, x: torch.Tensor, w: torch.Tensor, k: int, bias: torch.Tensor | None, layout: str, tile: str
+    op: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
 ) -> None:
-    """The checks that all quantised matmuls share: x [..., K] float, w [N, ·] int8, bias [N], a layout of the op.
-
-    `tile` is the op's tile layout.
-    """
-    if layout not in (layouts := (ROW, PANEL16, tile)):
-        raise ValueError(f"{op}: layout must be one of {layouts}, got {layout!r}")
-    if w.dtype != torch.int8 or w.dim() != 2:
-        raise TypeError(f"{op}: w must be a two-dimensional int8 tensor, got {describe(w)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {describe(x)}")
+    """The checks that all matmuls share: x [..., K], w [N, ·], bias [N], the epilogue of a result in `dtype`."""
+    if w.dim() != 2:
+        raise TypeError(f"{op}: w must be a two-dimensional tensor, got {describe(w)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{op}: the last dimension of x must be K = {k}, got {describe(x)}")
     if x.device != w.device:
@@ -37,8 +39,27 @@ def check_matmul(
     check_beside(op, "w", w, w)
     if bias is not None:
         check_beside(op, "bias", bias, w)
-    if bias is not None and (bias.shape != w.shape[:1] or bias.dtype not in (x.dtype, torch.float32)):
-        raise ValueError(f"{op}: bias must be [{w.shape[0]}] in {x.dtype} or float32, got {describe(bias)}")
+    if bias is not None and (bias.shape != w.shape[:1] or bias.dtype not in (dtype, torch.float32)):
+        raise ValueError(f"{op}: bias must be [{w.shape[0]}] in {dtype} or float32, got {describe(bias)}")
+    check_activation(op, w.shape[0], activation)
+    if residual is not None:
+        check_beside(op, "residual", residual, w)
+        shape = (*x.shape[:-1], out_features(w.shape[0], activation))
+        if residual.shape != shape or residual.dtype != dtype:
+            raise ValueError(f"{op}: residual must be {list(shape)} in {dtype}, as y, got {describe(residual)}")
+
+
+def check_packed(op: str, w: torch.Tensor, layout: str, tile: str) -> None:
+    """w [N, ·] int8 in a layout of the op, whose tile layout is `tile`."""
+    if layout not in (layouts := (ROW, PANEL16, tile)):
+        raise ValueError(f"{op}: layout must be one of {layouts}, got {layout!r}")
+    if w.dtype != torch.int8 or w.dim() != 2:
+        raise TypeError(f"{op}: w must be a two-dimensional int8 tensor, got {describe(w)}")
+
+
+def check_float(op: str, name: str, t: torch.Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {describe(t)}")
 
 
 def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
@@ -55,22 +76,56 @@ def check_int8_scale(op: str, w: torch.Tensor, w_scale: torch.Tensor) -> None:
     check_beside(op, "w_scale", w_scale, w)
 
 
-def linear_reference(x, weight, bias, dtype: torch.dtype | None):
-    """x · weightᵀ + bias computed in `weight`'s dtype; cast to x's dtype unless `dtype` asked for another."""
-    y = x.to(weight.dtype) @ weight.T
+# ---- epilogues ------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
+    "none": None,
+    "silu_mul": nn.functional.silu,
+    "gelu_mul": nn.functional.gelu,
+    "gelu_tanh_mul": functools.partial(nn.functional.gelu, approximate="tanh"),
+}
+"""What an epilogue applies to the gate before it multiplies; every one but "none" halves the columns."""
+
+
+def check_activation(op: str, n: int, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    if activation != "none" and n % (2 * GATE_ROWS):
+        raise ValueError(f"{op}: activation {activation!r} needs w with rows in multiples of {2 * GATE_ROWS}, got {n}")
+
+
+def out_features(n: int, activation: str) -> int:
+    """Columns of y for N rows of w."""
+    return n if activation == "none" else n // 2
+
+
+def apply_epilogue(v: torch.Tensor, bias, residual, activation: str) -> torch.Tensor:
+    """activation(v + bias) + residual in v's dtype; a gated activation takes LAYOUTS.md#gate-up."""
     if bias is not None:
-        y = y + bias.to(weight.dtype)
-    return y.to(dtype or x.dtype)
+        v = v + bias.to(v.dtype)
+    act = ACTIVATIONS[activation]
+    if act is not None:
+        gate, up = v.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2)
+        v = (act(gate) * up).flatten(-2)
+    return v if residual is None else v + residual.to(v.dtype)
 
 
-def run(op: str, reference: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-    """Calls `op` on the fastest backend that x's device has; the last of `args` is the layout."""
+def linear_reference(x, weight, bias, residual, activation, dtype: torch.dtype | None):
+    """The matmul and its epilogue computed in `weight`'s dtype; cast to x's dtype unless `dtype` asked for another."""
+    return apply_epilogue(x.to(weight.dtype) @ weight.T, bias, residual, activation).to(dtype or x.dtype)
+
+
+# ---- dispatch -------------------------------------------------------------------------------------------------------
+
+
+def run(op: str, reference: Callable, *args, triton: bool = True):
+    """Calls `op` on the fastest backend that the first argument's device has; `triton` says whether that may be one."""
     device = args[0].device
     kind = _native.backend(device)
     if kind == "native":
         return getattr(torch.ops.fastinfer, op)(*args)
     _native.warn_fallback(device, kind)
-    if kind == "triton" and args[-1] == ROW:
+    if kind == "triton" and triton:
         return getattr(importlib.import_module(f"fastinfer.kernels.{op}"), op)(*args)
     return reference(*args)
 
@@ -86,6 +141,6 @@ def register_fake(op: str) -> Callable:
     return register
 
 
-def fake_matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """An empty [..., N] in x's dtype: what every matmul here returns."""
-    return x.new_empty((*x.shape[:-1], w.shape[0]))
+def fake_matmul(x: torch.Tensor, w: torch.Tensor, activation: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty [..., N] (half as many columns where gated) in `dtype`, by default x's: what every matmul here returns."""
+    return x.new_empty((*x.shape[:-1], out_features(w.shape[0], activation)), dtype=dtype or x.dtype)

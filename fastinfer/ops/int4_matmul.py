@@ -7,7 +7,9 @@ import torch
 from fastinfer.ops._common import (
     FLOATS,
     check_beside,
+    check_float,
     check_matmul,
+    check_packed,
     describe,
     fake_matmul,
     linear_reference,
@@ -25,9 +27,11 @@ def int4_matmul(
     w_scale: torch.Tensor,
     w_zero: torch.Tensor,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
     layout: str = ROW,
 ) -> torch.Tensor:
-    """y = x · ((q − w_zero) · w_scale)ᵀ + bias, int4 weights in groups of G along K, fp32 accumulation.
+    """y = activation(x · ((q − w_zero) · w_scale)ᵀ + bias) + residual, int4 weights in groups of G, fp32 accumulation.
 
     Args:
         x:       [..., K] fp32|bf16|fp16, any strides
@@ -35,16 +39,23 @@ def int4_matmul(
         w_scale: [N, K/G] fp16|bf16|fp32, contiguous, in the layout of w; G is 32, 64 or 128
         w_zero:  [N, K/G] as w_scale: zero points in units of q, possibly fractional
         bias:    [N] dtype of x or fp32, or None
+        residual: [..., N_out] dtype of x, contiguous, or None: added last
+        activation: "none" | "silu_mul" | "gelu_mul" | "gelu_tanh_mul"; all but "none" take N in multiples of 16, with
+                 gate and up rows interleaved, LAYOUTS.md#gate-up
         layout:  "row" | "panel16" | "tile_w4a16": the order w, w_scale and w_zero are held in
-    Returns: [..., N] dtype of x
+    Returns: [..., N_out] dtype of x; N_out is N, or N/2 where gated
     Raises:  TypeError for a dtype, ValueError for a shape, layout or device that does not fit; both name the argument
     Backends: CPU (AVX2, AVX512-VNNI); CUDA sm80+; Triton
-    Numerics: error ≤ 2× that of torch's linear on the dequantised weight in the dtype of x
+    Numerics: error ≤ 2× that of torch's linear on the dequantised weight, and its epilogue, in the dtype of x. The
+             epilogue is computed in fp32 and cast once; only the row layout on CUDA from 128 rows on rounds the sums to
+             the dtype of x before it
     Source:  group-wise weight-only quantisation as in Frantar et al., GPTQ, arXiv 2210.17323, §4; free zero points as in
              Badri and Shaji, HQQ (2023)
     """
     k = 2 * w.shape[-1]
-    check_matmul("int4_matmul", x, w, k, bias, layout, TILE_W4A16)
+    check_packed("int4_matmul", w, layout, TILE_W4A16)
+    check_float("int4_matmul", "x", x)
+    check_matmul("int4_matmul", x, w, k, bias, residual, activation, x.dtype)
     for name, t in (("w_scale", w_scale), ("w_zero", w_zero)):
         if t.dtype not in FLOATS or t.dtype != w_scale.dtype:
             raise TypeError(f"int4_matmul: {name} must be float16, bfloat16 or float32, as w_scale, got {describe(t)}")
@@ -54,7 +65,8 @@ def int4_matmul(
     groups = w_scale.shape[1]
     if groups == 0 or k % groups or k // groups not in GROUP_SIZES:
         raise ValueError(f"int4_matmul: w_scale must have K/G columns, G in {GROUP_SIZES}, K = {k}; got {groups}")
-    return run("int4_matmul", reference, x, w, w_scale, w_zero, bias, layout)
+    epilogue = bias, residual, activation
+    return run("int4_matmul", reference, x, w, w_scale, w_zero, *epilogue, layout, triton=layout == ROW)
 
 
 def unpack(w: torch.Tensor, layout: str = ROW) -> torch.Tensor:
@@ -75,12 +87,14 @@ def dequantize(w, w_scale, w_zero, layout: str = ROW, dtype=torch.float32) -> to
     return ((q - zero) * scale).flatten(1).to(dtype)
 
 
-def reference(x, w, w_scale, w_zero, bias=None, layout=ROW, dtype: torch.dtype | None = None) -> torch.Tensor:
+def reference(
+    x, w, w_scale, w_zero, bias=None, residual=None, activation="none", layout=ROW, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """The op in plain torch. Computes in fp32, or in `dtype` (fp64 for tests), which is then also the result's."""
     weight = dequantize(w, w_scale, w_zero, layout, dtype or torch.float32)
-    return linear_reference(x, weight, bias, dtype)
+    return linear_reference(x, weight, bias, residual, activation, dtype)
 
 
 @register_fake("int4_matmul")
-def _(x, w, w_scale, w_zero, bias, layout):
-    return fake_matmul(x, w)
+def _(x, w, w_scale, w_zero, bias, residual, activation, layout):
+    return fake_matmul(x, w, activation)

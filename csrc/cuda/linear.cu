@@ -1,0 +1,43 @@
+// linear: y[M,N] = act(x[M,K] · w[N,K]ᵀ + bias[N]) + residual, x and w of one float dtype
+// Source    –
+// Layout    plain rows, LAYOUTS.md#gate-up where gated
+// Requires  sm80+
+// Mapping   torch's linear (cuBLAS), then apply_epilogue where there is something for it
+// Bound     memory below M ≈ 300: 2·N·K bytes
+// Numerics  the result of torch's linear is of the dtype of x; what follows is fp32, cast once
+// Verified  tests/test_linear.py
+
+#include "common/torch_linear.h"
+#include "cuda/apply_epilogue.cuh"
+
+namespace fastinfer {
+
+// The place of a kernel for few rows on compute capability 9.0: writes y as `epilogue` says and returns true, or returns
+// false and leaves the matmul to torch. x is [..., K] with any strides, w [N, K] contiguous; M, N and K are not 0.
+static bool try_decode_linear(const char*, const Tensor& /*x*/, const Tensor& /*w*/, const Epilogue&,
+                              const MatmulShape&, const LaunchContext&) {
+  return false;
+}
+
+Tensor linear_cuda(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, std::string activation) {
+  constexpr const char* op = "linear";
+  const MatmulShape shape = check_linear(op, x, w);
+  const EpilogueArguments arguments{bias, residual, activation, x.scalar_type()};
+  const Gate gate = check_epilogue(op, arguments, x, shape.n);
+  const LaunchContext context(op, x);
+  if (context.limits().capability == 90 && shape.m > 0 && shape.n > 0 && shape.k > 0) {
+    const Tensor y = empty_output(x, out_features(gate, shape.n));
+    if (try_decode_linear(op, x, w, make_epilogue(y, shape, arguments, gate), shape, context)) return y;
+  }
+
+  const bool torch_adds_bias = bias.has_value() && bias->scalar_type() == x.scalar_type();
+  const std::optional<Tensor> own_bias = torch_adds_bias ? std::nullopt : bias;
+  const Tensor v = torch_linear(x, w, torch_adds_bias ? bias : std::nullopt);
+  if (gate == Gate::kNone && !own_bias.has_value() && !residual.has_value()) return v;
+  return apply_epilogue(op, v, {own_bias, residual, activation, x.scalar_type()}, gate, context);
+}
+
+}  // namespace fastinfer
+
+STABLE_TORCH_LIBRARY_IMPL(fastinfer, CUDA, m) { m.impl("linear", TORCH_BOX(&fastinfer::linear_cuda)); }
