@@ -20,6 +20,4 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.
   m.def("dependent_launch(bool on) -> bool");
-  // CUDA: the kernel and shape that this thread's tile matmuls take, csrc/cuda/tile_plan.cuh; 0, 0, 0, 0 for the usual choice.
-  m.def("force_tile_plan(int kernel, int ranks, int resident, int shape) -> bool");
 }

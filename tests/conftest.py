@@ -52,5 +52,7 @@ def matmuls(monkeypatch):
     rows = []
     for name in ("int8_matmul", "int8_scaled_matmul", "int4_matmul"):
         op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda x, w, *rest, op=op: rows.append(len(w)) or op(x, w, *rest))
+        monkeypatch.setattr(
+            ops, name, lambda x, w, *rest, op=op, **named: rows.append(len(w)) or op(x, w, *rest, **named)
+        )
     return rows

@@ -199,12 +199,10 @@ void launch_clusters(const char* op, void (*kernel)(Args), int64_t blocks, int t
   FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
-// How many clusters of the kernel run at once with at most `resident` blocks a multiprocessor; some of them fit no whole
-// cluster.
+// How many clusters of the kernel run at once with one block a multiprocessor; some of them fit no whole cluster.
 template <typename Args>
-int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, int resident,
-                      const LaunchContext& context) {
-  const int limit = context.limits().multiprocessors * resident / ranks;
+int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context) {
+  const int limit = context.limits().multiprocessors / ranks;
   if (ranks <= 2) return limit;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;  // of kernel, device, ranks, shared memory
@@ -216,8 +214,9 @@ int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_byt
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
+    count = std::max(1, std::min(count, limit));
   }
-  return std::max(1, std::min(count, limit));
+  return count;
 }
 
 }  // namespace fastinfer

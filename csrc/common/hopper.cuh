@@ -63,13 +63,8 @@ struct RingPosition {
 
 // ---- bulk copies --------------------------------------------------------------------------------------------------------
 
-// `bytes` (a multiple of 16, both ends 16-byte aligned) from global to shared; completes on `barrier`. _stream is for what is
-// read once: the first that the L2 may evict.
-__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(smem),
-               "l"(gmem), "r"(bytes), "r"(barrier)
-               : "memory");
-}
+// `bytes` (a multiple of 16, both ends 16-byte aligned) from global to shared; completes on `barrier`. Weights are read
+// once: they are the first that the L2 may evict.
 __device__ __forceinline__ void bulk_copy_stream(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
   asm volatile(
@@ -116,10 +111,6 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
-// The two halves of cluster_sync, between which a thread may do what needs no other CTA. Of what was written before, the
-// other CTAs are sure to see mbarriers that mbarrier_init_fence followed, no more: a full release costs a microsecond.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
 // The address of this CTA's shared-memory address in the CTA of rank `rank`.
 __device__ __forceinline__ uint32_t map_to_rank(uint32_t smem, uint32_t rank) {
   uint32_t remote;
@@ -134,14 +125,6 @@ __device__ __forceinline__ uint4 load_cluster16(uint32_t address) {
                : "memory");
   return v;
 }
-// 16 bytes to the shared memory of a CTA of the cluster, completing on a barrier of the same CTA (both by map_to_rank).
-__device__ __forceinline__ void store_cluster16_async(uint32_t address, const uint4& v, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(address),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-               : "memory");
-}
-// Before the copy engine or wgmma reads shared memory that ordinary instructions of this thread wrote.
-__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // Until the kernel before has finished and what it wrote is visible; nothing where the launch is an ordinary one.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }

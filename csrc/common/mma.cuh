@@ -40,11 +40,6 @@ __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
-// For a thread that does not wait at it.
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- shared-memory reads ----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_smem16(uint32_t address) {

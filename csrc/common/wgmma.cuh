@@ -31,12 +31,6 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t smem) {
   return kSwizzle128 | kGroupStride | kUnused | ((smem & 0x3FFFF) >> 4);
 }
 
-// The same without a swizzle: b is cut into core matrices of eight columns × 16 bytes of k, their columns one after the other;
-// the next 16 bytes of k are `k_stride` bytes on, the next eight columns `column_stride`.
-__device__ __forceinline__ uint64_t core_matrix_descriptor(uint32_t smem, int k_stride, int column_stride) {
-  return uint64_t(column_stride >> 4) << 32 | uint64_t(k_stride >> 4) << 16 | ((smem & 0x3FFFF) >> 4);
-}
-
 // The operand lists of an asm statement, eight registers at a time.
 #define FASTINFER_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTINFER_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -54,7 +48,6 @@ __device__ __forceinline__ uint64_t core_matrix_descriptor(uint32_t smem, int k_
 #define FASTINFER_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
 #define FASTINFER_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define FASTINFER_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define FASTINFER_REGISTERS_4 "%0, %1, %2, %3"
 #define FASTINFER_REGISTERS_8 FASTINFER_R0
 #define FASTINFER_REGISTERS_16 FASTINFER_R0 ", " FASTINFER_R1
 #define FASTINFER_REGISTERS_32 FASTINFER_REGISTERS_16 ", " FASTINFER_R2 ", " FASTINFER_R3
@@ -66,7 +59,6 @@ __device__ __forceinline__ uint64_t core_matrix_descriptor(uint32_t smem, int k_
 #define FASTINFER_D8(c, d, i)                                                                           \
   "+" c(d[i + 0]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3]), "+" c(d[i + 4]), "+" c(d[i + 5]), \
       "+" c(d[i + 6]), "+" c(d[i + 7])
-#define FASTINFER_OUT_4(c, d, i) "+" c(d[i + 0]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
 #define FASTINFER_OUT_8(c, d, i) FASTINFER_D8(c, d, i)
 #define FASTINFER_OUT_16(c, d, i) FASTINFER_OUT_8(c, d, i), FASTINFER_OUT_8(c, d, i + 8)
 #define FASTINFER_OUT_32(c, d, i) FASTINFER_OUT_16(c, d, i), FASTINFER_OUT_16(c, d, i + 16)
@@ -88,15 +80,7 @@ template <typename T, int kColumns, typename Accumulator>
 __device__ __forceinline__ void wgmma(Accumulator (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate) {
   constexpr bool kInt8 = sizeof(T) == 1, kHalf = std::is_same_v<T, __half>;
-  if constexpr (kColumns == 8) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n8k32", "s32.s8.s8", "", "r", 4, "4", "5", "6", "7", "8", "9");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n8k16", "f32.f16.f16", ", 1, 1, 0", "f", 4, "4", "5", "6", "7", "8", "9");
-    } else {
-      FASTINFER_WGMMA("m64n8k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 4, "4", "5", "6", "7", "8", "9");
-    }
-  } else if constexpr (kColumns == 16) {
+  if constexpr (kColumns == 16) {
     if constexpr (kInt8) {
       FASTINFER_WGMMA("m64n16k32", "s32.s8.s8", "", "r", 8, "8", "9", "10", "11", "12", "13");
     } else if constexpr (kHalf) {

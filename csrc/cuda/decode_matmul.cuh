@@ -1,19 +1,18 @@
 // decode_matmul: y[M, N] = x[M, K] · dequant(w)[N, K]ᵀ for M ≤ 16, every weight format in its tile layout
 // Source    own design
 // Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8
-// Requires  sm90a; K % 128 == 0, N in whole tiles of 16 rows; 16-byte aligned operands
-// Mapping   weights are wgmma's 64-row operand, made in registers; tokens are its 8 or 16 columns. A unit is 64 rows × 128 k.
-//           The ranks of a cluster split K, the clusters share the blocks of 64 rows. In a CTA one warp copies chunks of units
-//           into a ring, three warpgroups multiply every third unit each, and one warp finishes: it adds up the sums of the
-//           outputs that its rank owns, which all warpgroups of the cluster have sent there, always in the same order.
+// Requires  sm90; K % 128 == 0, N in whole tiles of 16 rows; 16-byte aligned operands
+// Mapping   weights are the mma's 16-row operand, tokens its columns. x stays in shared memory; weights stream through it
+//           once. A unit is 16 rows × 128 k. The ranks of a cluster split K. One warp of a CTA copies chunks of the rank's
+//           slice into a ring, kWarps warps share the units of a chunk, and one warp adds up what they leave in slots when
+//           a set of row tiles is done, always in the same order; the ranks' sums are added likewise at the end:
 //
-//              K →      rank 0              rank 1            blocks: cluster c takes c, c + clusters, …
+//              K →      rank 0              rank 1            sets: cluster c takes c, c + clusters, …
 //                   ┌────┬────┬────┐   ┌────┬────┬────┐
-//              N ↓  │ g0 │ g1 │ g2 │   │ g0 │ g1 │ g2 │       gi: units that warpgroup i multiplies
+//              N ↓  │ w0 │ w1 │ …  │   │ w0 │ w1 │ …  │       wi: units of a chunk that warp i multiplies
 //                   └────┴────┴────┘   └────┴────┴────┘
 //
-//           The ring is filled before the previous kernel has finished (dependent launch): weights do not depend on it. A
-//           CTA takes half of a multiprocessor, so that another one, of this kernel or the next, runs beside it.
+//           The ring is filled before the previous kernel has finished (dependent launch): weights do not depend on it.
 // Bound     memory: weights + scales
 // Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
 #pragma once
@@ -21,11 +20,12 @@
 #include <type_traits>
 
 #include "common/cuda.cuh"
-#include "common/wgmma.cuh"
+#include "common/hopper.cuh"
 #include "cuda/epilogue.cuh"
-#include "cuda/tile_layout.cuh"
 
 namespace fastinfer {
+
+constexpr int kUnit = 128;  // k of a unit
 
 struct DecodeArgs {
   const void* x = nullptr;  // [M, K]
@@ -35,278 +35,241 @@ struct DecodeArgs {
   const void* w_zero = nullptr;
   bool half_scales = false;  // fp16 scales and zero points, else bf16
   Epilogue epilogue;
-  int m = 0, units = 0, row_tiles = 0;  // M; K / 128; N / 16
-  int token_shift = 0;                  // log2 of the tokens that x has room for in shared memory: M rounded up
-  bool dependent = false;               // launched before the previous kernel has finished
-  int chunk_units = 0, stages = 0;      // units a stage, a multiple of the warpgroups; stages of the ring
-  int smem_sums = 0, smem_parts = 0, smem_barriers = 0, smem_ring = 0;  // offsets
+  int m = 0, units = 0, groups = 0;  // M; K / 128; K / G
+  int sets = 0;                      // of kTiles row tiles each
+  int last_tile = 0;
+  int chunk_units = 0, stages = 0;  // units a stage, stages of the ring
+  int x_pitch = 0;                  // bytes from token to token in shared memory
+  int smem_sums = 0, smem_slots = 0, smem_kept = 0, smem_barriers = 0, smem_ring = 0;  // offsets
 };
 
-// ---- weight formats -------------------------------------------------------------------------------------------------
-// A unit is two pieces of four mma steps (kSteps), made in turn: while the tensor cores work on one, the next is made. What
-// they add up is a group at a time where groups have scales (`parts`, scaled by `add` when the unit is done), else everything.
+// ---- weight formats: what a unit is in memory and how it is multiplied ----------------------------------------------
 
-// Where a lane finds its part of a unit. `weights` is in the first piece, the next one is `piece_step` bytes on; `scales` and `zeros` those
-// of its row tile's first group, the next group's are `group_step` bytes on.
-struct UnitAddress {
-  uint32_t weights, piece_step, scales, zeros, group_step, x_sums;
-  uint64_t x, x_step;  // descriptor of the first mma step's x, and what takes it to the next one's
+// x fragments of two mma steps for one tile of eight tokens.
+struct TokenTile {
+  uint32_t address;  // of this lane's ldmatrix row at k = 0
+  __device__ __forceinline__ void load(uint32_t (&b)[4], int k_bytes) const { load_matrices(b, address + k_bytes); }
 };
 
 template <typename T, int kGroup>  // scales and zero points fp16 or bf16
-struct Int4Decode : Int4Tiles {
-  using Element = T;
+struct Int4Decode {
   using Accumulator = float;
-  static constexpr int kXBytes = 2, kGroupK = kGroup, kUnitGroups = kUnit / kGroup, kSteps = 4, kWords = 4;
-  static constexpr int kScaleBytes = 2 * kUnitGroups;  // of a row and a unit; zero points take as much again
-  static constexpr bool kGrouped = true;
+  static constexpr int kSteps = kGroup / 16;  // of the mma, a group
+  static constexpr int kXBytes = 2, kWeightBytes = 1024, kGroups = 8 / kSteps;
+  static constexpr int kScaleBytes = kGroups * 16 * 2;  // of a unit; zero points take as much again
+  static constexpr int kUnitBytes = kWeightBytes + 2 * kScaleBytes;
+  static constexpr bool kNeedsXSums = true;
+  static constexpr int kGroupSteps = kSteps;
+  using Element = T;
 
-  static __device__ __forceinline__ void load(const UnitAddress& at, int piece, uint32_t (&words)[kWords]) {
-    const uint4 v = load_smem16(at.weights + piece * at.piece_step);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-  }
-  static __device__ __forceinline__ void make(const uint32_t (&words)[kWords], int step, uint32_t (&fragment)[4]) {
-    int4x8_to_pairs<T>(words[step], fragment);
+  static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
+                                              uint32_t barrier, int lane) {
+    if (lane != 0) return;
+    const int chunk = args.chunk_units;
+    const int64_t first = int64_t(tile) * args.units + unit;
+    bulk_copy_stream(smem, args.w + first * kWeightBytes, count * kWeightBytes, barrier);
+    bulk_copy_stream(smem + chunk * kWeightBytes, static_cast<const char*>(args.w_scale) + first * kScaleBytes,
+                     count * kScaleBytes, barrier);
+    bulk_copy_stream(smem + chunk * (kWeightBytes + kScaleBytes),
+                     static_cast<const char*>(args.w_zero) + first * kScaleBytes, count * kScaleBytes, barrier);
   }
 
-  struct Scales {  // of rows g and g + 8, which the layout keeps side by side
-    uint32_t scale[kUnitGroups], zero[kUnitGroups], x_sums;
-    __device__ __forceinline__ void load(const UnitAddress& at) {
+  // Scales of rows g and g + 8, which the layout keeps side by side.
+  static __device__ __forceinline__ float2 load_pair(uint32_t address, bool half) {
+    const uint32_t v = load_smem4(address);
+    if (half) return __half22float2(as_half2(v));
+    return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
+  }
+
+  template <int kTiles, int kTokenTiles>
+  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int chunk,
+                                                  int unit, const TokenTile (&x)[kTokenTiles], int k_bytes,
+                                                  uint32_t x_sums, int lane, float (&sums)[kTiles][kTokenTiles][4]) {
+    constexpr int kChains = kTiles * kTokenTiles == 1 ? 2 : 1;  // independent mma chains hide the latency
+    float part[kChains][kTiles][kTokenTiles][4];
 #pragma unroll
-      for (int group = 0; group < kUnitGroups; ++group) {
-        scale[group] = load_smem4(at.scales + group * at.group_step);
-        zero[group] = load_smem4(at.zeros + group * at.group_step);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[kTiles][4];
+#pragma unroll
+      for (int a = 0; a < kTiles; ++a) {
+        const uint4 v = load_smem16(stage + a * tile_bytes + unit * kWeightBytes + half * 512 + lane * 16);
+        words[a][0] = v.x, words[a][1] = v.y, words[a][2] = v.z, words[a][3] = v.w;
       }
-      x_sums = at.x_sums;
-    }
-    static __device__ __forceinline__ float2 widen(uint32_t v, bool half) {
-      if (half) return __half22float2(as_half2(v));
-      return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
-    }
-    template <int kTokens>
-    __device__ __forceinline__ void add(const DecodeArgs& args, const float (&parts)[kUnitGroups][kTokens / 2],
-                                        float (&sums)[kTokens / 2]) const {
 #pragma unroll
-      for (int group = 0; group < kUnitGroups; ++group) {
-        const float2 s = widen(scale[group], args.half_scales), z = widen(zero[group], args.half_scales);
-        const float zero_low = z.x + kInt4Offset<T>, zero_high = z.y + kInt4Offset<T>;
+      for (int pair = 0; pair < 2; ++pair) {
+        uint32_t b[kTokenTiles][4];
 #pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j) {
-          const float2 x_sum = load_smem_float2(x_sums + (group * kTokens + j * 8) * 4);
-          const float* p = &parts[group][4 * j];
-          sums[4 * j + 0] = fmaf(s.x, fmaf(-zero_low, x_sum.x, p[0]), sums[4 * j + 0]);
-          sums[4 * j + 1] = fmaf(s.x, fmaf(-zero_low, x_sum.y, p[1]), sums[4 * j + 1]);
-          sums[4 * j + 2] = fmaf(s.y, fmaf(-zero_high, x_sum.x, p[2]), sums[4 * j + 2]);
-          sums[4 * j + 3] = fmaf(s.y, fmaf(-zero_high, x_sum.y, p[3]), sums[4 * j + 3]);
+        for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + (2 * half + pair) * 64);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const int s = (2 * half + pair) * 2 + step;
+          if (s % kSteps == 0) {
+#pragma unroll
+            for (int i = 0; i < kChains * kTiles * kTokenTiles * 4; ++i) (&part[0][0][0][0])[i] = 0.f;
+          }
+#pragma unroll
+          for (int a = 0; a < kTiles; ++a) {
+            uint32_t fragment[4];
+            int4x8_to_pairs<T>(words[a][2 * pair + step], fragment);
+#pragma unroll
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
+              mma_m16n8k16<T>(part[step % kChains][a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
+            }
+          }
+          if (s % kSteps == kSteps - 1) {
+            const int group = s / kSteps;
+            const uint32_t scales = stage + chunk * kWeightBytes + unit * kScaleBytes + (group * 16 + lane / 4 * 2) * 2;
+#pragma unroll
+            for (int a = 0; a < kTiles; ++a) {
+              const float2 scale = load_pair(scales + a * tile_bytes, args.half_scales);
+              const float2 zero = load_pair(scales + a * tile_bytes + chunk * kScaleBytes, args.half_scales);
+#pragma unroll
+              for (int tile = 0; tile < kTokenTiles; ++tile) {
+                const float2 x_sum = load_smem_float2(x_sums + (group * kTokenTiles + tile) * 32 + lane % 4 * 8);
+                float p[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  p[i] = part[0][a][tile][i];
+                  if constexpr (kChains == 2) p[i] += part[1][a][tile][i];
+                }
+                float (&sum)[4] = sums[a][tile];
+                const float zero_low = zero.x + kInt4Offset<T>, zero_high = zero.y + kInt4Offset<T>;
+                sum[0] = fmaf(scale.x, fmaf(-zero_low, x_sum.x, p[0]), sum[0]);
+                sum[1] = fmaf(scale.x, fmaf(-zero_low, x_sum.y, p[1]), sum[1]);
+                sum[2] = fmaf(scale.y, fmaf(-zero_high, x_sum.x, p[2]), sum[2]);
+                sum[3] = fmaf(scale.y, fmaf(-zero_high, x_sum.y, p[3]), sum[3]);
+              }
+            }
+          }
         }
       }
     }
-  };
+  }
+};
+
+struct Int8Units {  // what int8 weights are in memory, whatever they are multiplied by
+  static constexpr int kWeightBytes = 2048, kUnitBytes = kWeightBytes;
+  static constexpr bool kNeedsXSums = false;
+  static constexpr int kGroupSteps = 8;
+
+  static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
+                                              uint32_t barrier, int lane) {
+    if (lane != 0) return;
+    bulk_copy_stream(smem, args.w + (int64_t(tile) * args.units + unit) * kWeightBytes, count * kWeightBytes, barrier);
+  }
 };
 
 template <typename T>
-struct Int8Decode : Int8Tiles {
-  using Element = T;
+struct Int8Decode : Int8Units {
   using Accumulator = float;
-  static constexpr int kXBytes = 2, kGroupK = kUnit, kUnitGroups = 1, kSteps = 4, kWords = 8, kScaleBytes = 0;
-  static constexpr bool kGrouped = false;
+  static constexpr int kXBytes = 2;
+  using Element = T;
 
-  static __device__ __forceinline__ void load(const UnitAddress& at, int piece, uint32_t (&words)[kWords]) {
+  template <int kTiles, int kTokenTiles>
+  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,
+                                                  const TokenTile (&x)[kTokenTiles], int k_bytes, uint32_t, int lane,
+                                                  float (&sums)[kTiles][kTokenTiles][4]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 v = load_smem16(at.weights + piece * at.piece_step + half * 512);
-      words[4 * half] = v.x, words[4 * half + 1] = v.y, words[4 * half + 2] = v.z, words[4 * half + 3] = v.w;
-    }
-  }
-  static __device__ __forceinline__ void make(const uint32_t (&words)[kWords], int step, uint32_t (&fragment)[4]) {
-    int8x4_to_interleaved_pairs<T>(words[2 * step], fragment[0], fragment[1]);
-    int8x4_to_interleaved_pairs<T>(words[2 * step + 1], fragment[2], fragment[3]);
-  }
-};
-
-struct Int8x8Decode : Int8x8Tiles {
-  using Element = int8_t;
-  using Accumulator = int32_t;
-  static constexpr int kXBytes = 1, kGroupK = kUnit, kUnitGroups = 1, kSteps = 2, kWords = 8, kScaleBytes = 0;
-  static constexpr bool kGrouped = false;
-
-  static __device__ __forceinline__ void load(const UnitAddress& at, int piece, uint32_t (&words)[kWords]) {
+    for (int block = 0; block < 4; ++block) {
+      uint32_t b[kTokenTiles][4];
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const uint4 v = load_smem16(at.weights + (2 * piece + step) * 512);
-      words[4 * step] = v.x, words[4 * step + 1] = v.y, words[4 * step + 2] = v.z, words[4 * step + 3] = v.w;
-    }
-  }
-  static __device__ __forceinline__ void make(const uint32_t (&words)[kWords], int step, uint32_t (&fragment)[4]) {
+      for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + block * 64);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = words[4 * step + i];
-  }
-};
-
-// What a wgmma under way reads or writes must not be touched before it is waited for. These keep the compiler from moving
-// what follows a wait before it.
-template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&v)[kCount]) {
+      for (int a = 0; a < kTiles; ++a) {
+        const uint4 v = load_smem16(stage + a * tile_bytes + unit * kWeightBytes + block * 512 + lane * 16);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(v[i])::"memory");
-}
-template <int kCount>
-__device__ __forceinline__ void pin(int32_t (&v)[kCount]) {
+        for (int step = 0; step < 2; ++step) {
+          uint32_t fragment[4];
+          int8x4_to_interleaved_pairs<T>(words[2 * step], fragment[0], fragment[1]);
+          int8x4_to_interleaved_pairs<T>(words[2 * step + 1], fragment[2], fragment[3]);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(v[i])::"memory");
-}
-template <int kCount>
-__device__ __forceinline__ void pin(float (&v)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(v[i])::"memory");
-}
-
-// A warpgroup's products, a unit after the other.
-template <class Format, int kTokens>
-struct UnitPipeline {
-  using Accumulator = typename Format::Accumulator;
-  static constexpr int kSteps = Format::kSteps, kStepK = 32 / Format::kXBytes;
-
-  const DecodeArgs& args;
-  Accumulator sums[kTokens / 2] = {};
-  uint32_t fragments[2][kSteps][4];
-
-  __device__ explicit UnitPipeline(const DecodeArgs& a) : args(a) {}
-
-  template <bool kGroups, typename Parts>
-  __device__ __forceinline__ void multiply(const UnitAddress& at, int piece, Parts& parts) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int s = piece * kSteps + step;
-      if constexpr (kGroups) {
-        const int group = s * kStepK / Format::kGroupK;
-        wgmma<typename Format::Element, kTokens>(parts[group], fragments[piece][step], at.x + s * at.x_step,
-                                                 s * kStepK % Format::kGroupK != 0);
-      } else {
-        wgmma<typename Format::Element, kTokens>(sums, fragments[piece][step], at.x + s * at.x_step, true);
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            mma_m16n8k16<T>(sums[a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
+          }
+        }
       }
     }
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void make(uint32_t (&words)[Format::kWords], int piece) {
-    pin(words);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) Format::make(words, step, fragments[piece][step]);
   }
 };
 
-template <class Format, int kTokens, bool kGrouped = Format::kGrouped>
-struct UnitMultiplier : UnitPipeline<Format, kTokens> {  // without scales
-  using UnitPipeline<Format, kTokens>::UnitPipeline;
-  __device__ __forceinline__ void unit(const UnitAddress& at) {
-    uint32_t words[2][Format::kWords];
+struct Int8x8Decode : Int8Units {
+  using Accumulator = int32_t;
+  static constexpr int kXBytes = 1;
+  using Element = int8_t;
+
+  template <int kTiles, int kTokenTiles>
+  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,
+                                                  const TokenTile (&x)[kTokenTiles], int k_bytes, uint32_t, int lane,
+                                                  int32_t (&sums)[kTiles][kTokenTiles][4]) {
 #pragma unroll
-    for (int piece = 0; piece < 2; ++piece) Format::load(at, piece, words[piece]);
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t b[kTokenTiles][4];
 #pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
-      this->make(words[piece], piece);
-      this->template multiply<false>(at, piece, this->sums);
+      for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + pair * 64);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int a = 0; a < kTiles; ++a) {
+          const uint4 v =
+              load_smem16(stage + a * tile_bytes + unit * kWeightBytes + (2 * pair + step) * 512 + lane * 16);
+          const uint32_t fragment[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            mma_m16n8k32_int8(sums[a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
+          }
+        }
+      }
     }
-    wgmma_wait<0>();
-    pin(this->sums);
   }
 };
 
-template <class Format, int kTokens>
-struct UnitMultiplier<Format, kTokens, true> : UnitPipeline<Format, kTokens> {
-  using UnitPipeline<Format, kTokens>::UnitPipeline;
-  __device__ __forceinline__ void unit(const UnitAddress& at) {
-    float parts[Format::kUnitGroups][kTokens / 2];
-    uint32_t words[2][Format::kWords];
-    typename Format::Scales scales;
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) Format::load(at, piece, words[piece]);
-    scales.load(at);
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
-      this->make(words[piece], piece);
-      this->template multiply<true>(at, piece, parts);
-    }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int group = 0; group < Format::kUnitGroups; ++group) pin(parts[group]);
-    scales.template add<kTokens>(this->args, parts, this->sums);
-  }
-};
+// Shared memory of a stage for one row tile.
+template <class Format>
+constexpr int tile_bytes_of(int chunk_units) {
+  return chunk_units * Format::kUnitBytes;
+}
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
 
-constexpr int kMaxStages = 16, kPartBuffers = 2;
+constexpr int kSlotBuffers = 2, kMaxStages = 16;
 
-constexpr int log2_of(int v) { return v == 1 ? 0 : 1 + log2_of(v / 2); }
-
-template <class Format, typename Y, int kTokens>
+template <class Format, int kTiles, int kTokenTiles, int kWarps>
 struct DecodeMatmul {
   using Accumulator = typename Format::Accumulator;
-  // Warpgroups that multiply: as many as registers allow with two CTAs a multiprocessor.
-  static constexpr int kGroups = Format::kUnitGroups * kTokens > 16 ? 2 : 3;
-  static constexpr int kMultiplyThreads = 128 * kGroups, kMultiplyBarrier = 1, kXBarrier = 2;
-  static constexpr int kThreads = kMultiplyThreads + 64;  // and a warp that copies, and one that finishes
-  static constexpr int kRowBytes = 128 * Format::kXBytes;  // of x, a unit
-  // The outputs of a block are kSlots times 16 bytes: [row tile 4][eight tokens][lane]. A rank owns as many as any other.
-  static constexpr int kSlots = 128 * (kTokens / 8), kSlotShift = log2_of(kSlots);
-  static constexpr int kPartBytes = kGroups * kSlots * 16;  // what a rank is sent for a block, whatever the ranks
+  static constexpr int kMultiplyThreads = 32 * kWarps, kMultiplyBarrier = 1;
+  static constexpr int kThreads = kMultiplyThreads + 64;  // and a warp that copies, and one that adds up
+  static constexpr int kGroupsPerUnit = 8 / Format::kGroupSteps;
+  static constexpr int kSlotBytes = kTiles * kTokenTiles * 512;  // one warp's sums of a set
   static_assert(sizeof(Accumulator) == 4);
 
-  static __host__ __device__ int unit_bytes() { return kBlockTiles * Format::kUnitBytes + kBlockRows * 2 * Format::kScaleBytes; }
-
-  // What a CTA works on: row blocks first, first + step, … and units [begin, end) of K.
+  // What a CTA works on: row-tile sets first, first + step, … and units [begin, end) of K.
   struct Work {
-    int ranks, rank, first, step, blocks, begin, end;
-    int own_shift;  // log2 of the slots that each rank owns
+    int ranks, rank, first, step, sets, begin, end, tile_bytes;
     __device__ explicit Work(const DecodeArgs& args) {
       ranks = cluster_size(), rank = cluster_rank();
-      const int rank_shift = __ffs(ranks) - 1;
-      own_shift = kSlotShift - rank_shift;
-      first = blockIdx.x >> rank_shift, step = gridDim.x >> rank_shift;
-      blocks = (row_blocks_of(args.row_tiles) - first + step - 1) / step;
-      begin = args.units * rank >> rank_shift, end = args.units * (rank + 1) >> rank_shift;
-    }
-    __device__ __forceinline__ int block(int i) const { return first + i * step; }
-  };
-
-  // Barriers, and where they are. `done`: a buffer of parts is complete; `free`: all ranks' owners have read it.
-  struct Barriers {
-    uint32_t full, empty, done, free;
-    __device__ Barriers(const DecodeArgs& args, uint32_t base) {
-      full = base + args.smem_barriers, empty = full + kMaxStages * 8;
-      done = empty + kMaxStages * 8, free = done + kPartBuffers * 8;
+      first = blockIdx.x / ranks, step = gridDim.x / ranks;
+      sets = (args.sets - first + step - 1) / step;
+      begin = args.units * rank / ranks, end = args.units * (rank + 1) / ranks;
+      tile_bytes = tile_bytes_of<Format>(args.chunk_units);
     }
   };
 
-  // Until the barriers of the other ranks are there.
-  static __device__ __forceinline__ void wait_for_ranks(const Work& work) {
-    if (work.ranks > 1) cluster_wait();
-  }
-
-  static __device__ void produce(const DecodeArgs& args, const Work& work, uint32_t ring, const Barriers& barriers) {
+  static __device__ void produce(const DecodeArgs& args, const Work& work, uint32_t ring, uint32_t full, uint32_t empty,
+                                 int lane) {
     RingPosition at;
     bool first_round = true;
-    const int chunk = args.chunk_units, stage_bytes = chunk * unit_bytes();
-    for (int i = 0; i < work.blocks; ++i) {
-      const int block = work.block(i), tiles = tiles_of_block(args.row_tiles, block);
-      for (int unit = work.begin; unit < work.end; unit += chunk) {
-        const int count = min(chunk, work.end - unit);
-        const int weight_bytes = count * tiles * Format::kUnitBytes, scale_bytes = count * tiles * 16 * Format::kScaleBytes;
-        const uint32_t to = ring + at.stage * stage_bytes, full = barriers.full + at.stage * 8;
-        if (!first_round) mbarrier_wait(barriers.empty + at.stage * 8, at.parity ^ 1);
-        mbarrier_arrive_expect(full, weight_bytes + 2 * scale_bytes);
-        // Units before this one: those of whole blocks of 64 rows, then those of this block.
-        const int64_t before = int64_t(block) * args.units * kBlockTiles + int64_t(unit) * tiles;  // in row tiles
-        bulk_copy_stream(to, args.w + before * Format::kUnitBytes, weight_bytes, full);
-        if constexpr (Format::kGrouped) {
-          const int64_t offset = before * 16 * Format::kScaleBytes;
-          const uint32_t scales = to + chunk * kBlockTiles * Format::kUnitBytes;
-          bulk_copy_stream(scales, static_cast<const char*>(args.w_scale) + offset, scale_bytes, full);
-          bulk_copy_stream(scales + chunk * kBlockRows * Format::kScaleBytes,
-                           static_cast<const char*>(args.w_zero) + offset, scale_bytes, full);
+    for (int set = 0; set < work.sets; ++set) {
+      const int first_tile = (work.first + set * work.step) * kTiles;
+      for (int unit = work.begin; unit < work.end; unit += args.chunk_units) {
+        const int count = min(args.chunk_units, work.end - unit);
+        if (!first_round) mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+        if (lane == 0) mbarrier_arrive_expect(full + at.stage * 8, kTiles * count * Format::kUnitBytes);
+        __syncwarp();
+#pragma unroll
+        for (int a = 0; a < kTiles; ++a) {
+          Format::copy(args, ring + (at.stage * kTiles + a) * work.tile_bytes, min(first_tile + a, args.last_tile),
+                       unit, count, full + at.stage * 8, lane);
         }
         at.advance(args.stages);
         if (at.stage == 0) first_round = false;
@@ -314,215 +277,192 @@ struct DecodeMatmul {
     }
   }
 
-  // The rank's slice of x to shared memory, [16 bytes of k][token]; tokens past M are zero. `tokens` lanes take a token each of
-  // the same 16 bytes, so that neither global reads nor shared stores are scattered.
-  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t smem_x, int warp, int lane) {
-    const int pieces = (work.end - work.begin) * kRowBytes / 16;
-    const int shift = min(args.token_shift, 3), eights = 1 << (args.token_shift - shift);
-    const int token = lane & ((1 << shift) - 1), piece = lane >> shift, step = 32 >> shift;
-    const char* gmem = static_cast<const char*>(args.x) + int64_t(work.begin) * kRowBytes;
-#pragma unroll 4
-    for (int i = warp * step + piece; i < pieces; i += kMultiplyThreads / 32 * step) {
-      for (int eight = 0; eight < eights; ++eight) {
-        const int at = eight * 8 + token;
-        copy16_cached(smem_x + ((i << args.token_shift) + at) * 16,
-                      gmem + min(at, args.m - 1) * args.x_stride + i * 16, at < args.m ? 16 : 0);
+  // All warps that multiply bring in the rank's slice of x. Through the ring's copy engine it would queue behind weights.
+  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t smem_x) {
+    const int pieces = (work.end - work.begin) * kUnit * Format::kXBytes / 16;
+    const char* gmem = static_cast<const char*>(args.x) + int64_t(work.begin) * kUnit * Format::kXBytes;
+    for (int token = 0; token < args.m; ++token) {
+      for (int i = threadIdx.x; i < pieces; i += kMultiplyThreads) {
+        copy16_cached(smem_x + token * args.x_pitch + i * 16, gmem + token * args.x_stride + i * 16, 16);
       }
     }
     copy_commit();
-    if (!args.dependent) barrier_arrive(kXBarrier, kMultiplyThreads + 32);
     copy_wait(0);
-    async_proxy_fence();
     barrier(kMultiplyBarrier, kMultiplyThreads);
-    if (threadIdx.x == 0) let_next_kernel_start();  // no sooner: what it copies would delay x
   }
 
-  // Σ x over each group and token, to [group][kTokens].
-  static __device__ void sum_x(const DecodeArgs& args, const Work& work, uint32_t smem_x, uint32_t smem_sums, int warp,
-                               int lane) {
-    if constexpr (Format::kGrouped) {
+  // Σ x over each group and token, by mma against ones.
+  static __device__ void sum_x(const TokenTile (&x)[kTokenTiles], uint32_t smem_sums, int groups, int warp, int lane) {
+    if constexpr (Format::kNeedsXSums) {
       using T = typename Format::Element;
-      constexpr int kGroupPieces = Format::kGroupK / 8, kGroupShift = log2_of(kGroupPieces);
-      const int groups = (work.end - work.begin) * Format::kUnitGroups;
-      const int shift = min(args.token_shift, 3), eight_shift = args.token_shift - shift;
-      const int width_shift = min(5 - shift, kGroupShift), together_shift = 5 - shift - width_shift;
-      const int token = lane & ((1 << shift) - 1), piece = lane >> shift;  // `width` lanes take the pieces of a group
-      const int tasks = (groups + (1 << together_shift) - 1) >> together_shift << eight_shift;
-      for (int task = warp; task < tasks; task += kMultiplyThreads / 32) {
-        const int at = (task & ((1 << eight_shift) - 1)) * 8 + token;
-        const int group = (task >> eight_shift << together_shift) + (piece >> width_shift);
-        const uint32_t from = smem_x + ((min(group, groups - 1) * kGroupPieces << args.token_shift) + at) * 16;
-        float sum[2] = {};
-        for (int i = piece & ((1 << width_shift) - 1); i < kGroupPieces; i += 1 << width_shift) {
-          const uint4 v = load_smem16(from + (i << args.token_shift) * 16);
+      const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
+#pragma unroll 2
+      for (int group = warp; group < groups; group += kWarps) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) sum[j % 2] += to_float(reinterpret_cast<const T*>(&v)[j]);
-        }
-        sum[0] += sum[1];
-        for (int i = 0; i < width_shift; ++i) sum[0] += __shfl_xor_sync(~0u, sum[0], 1 << i << shift);
-        if ((piece & ((1 << width_shift) - 1)) == 0 && group < groups) {
-          store_smem_float(smem_sums + (group * kTokens + at) * 4, sum[0]);
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          float sum[2][4] = {};
+#pragma unroll
+          for (int pair = 0; pair < Format::kGroupSteps / 2; ++pair) {
+            uint32_t b[4];
+            x[tile].load(b, (group * Format::kGroupSteps / 2 + pair) * 64);
+            mma_m16n8k16<T>(sum[0], ones, b[0], b[1]);
+            mma_m16n8k16<T>(sum[1], ones, b[2], b[3]);
+          }
+          if (lane < 4) {
+            const uint32_t to = smem_sums + (group * kTokenTiles + tile) * 32 + lane * 8;
+            store_smem_float(to, sum[0][0] + sum[1][0]);
+            store_smem_float(to + 4, sum[0][1] + sum[1][1]);
+          }
         }
       }
       barrier(kMultiplyBarrier, kMultiplyThreads);
     }
   }
 
-  static __device__ void multiply(const DecodeArgs& args, const Work& work, uint32_t base, const Barriers& barriers) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so that the compiler sees that descriptors are uniform
-    load_x(args, work, base, threadIdx.x / 32, lane);
-    sum_x(args, work, base, base + args.smem_sums, threadIdx.x / 32, lane);
-    const uint64_t x_descriptor = core_matrix_descriptor(base, 16 << args.token_shift, 128);
-    const uint64_t x_step = (32 << args.token_shift) >> 4;  // an mma step takes 32 bytes of k
-    const int stage_bytes = args.chunk_units * unit_bytes();
-    const uint32_t ring = base + args.smem_ring;
+  static __device__ __forceinline__ void store_slot(uint32_t slot, int lane,
+                                                    const Accumulator (&sums)[kTiles][kTokenTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * kTokenTiles; ++i) {
+      const Accumulator* v = sums[i / kTokenTiles][i % kTokenTiles];
+      store_smem16(slot + i * 512 + lane * 16, *reinterpret_cast<const uint4*>(v));
+    }
+  }
+
+  static __device__ __forceinline__ void add(Accumulator (&sum)[4], const uint4& v) {
+    const auto* values = reinterpret_cast<const Accumulator*>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += values[i];
+  }
+
+  static __device__ __forceinline__ void finish(const DecodeArgs& args, int set, int lane,
+                                                const Accumulator (&sums)[kTiles][kTokenTiles][4]) {
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 8 * tile + 2 * (lane % 4) + i;
+        if (token >= args.m) continue;
+#pragma unroll
+        for (int a = 0; a < kTiles; ++a) {
+          const int row_tile = set * kTiles + a;
+          if (row_tile > args.last_tile) continue;
+          args.epilogue.store_pair(token, row_tile * 16 + lane / 4, sums[a][tile][i], sums[a][tile][i + 2]);
+        }
+      }
+    }
+  }
+
+  static __device__ void multiply(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t ring, uint32_t full,
+                                  uint32_t empty, uint32_t slots, int warp, int lane) {
+    load_x(args, work, base);
+    TokenTile x[kTokenTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {  // absent tokens repeat the last one and are not stored
+      x[tile].address = base + min(8 * tile + lane % 8, args.m - 1) * args.x_pitch + lane / 8 * 16;
+    }
+    const uint32_t x_sums = base + args.smem_sums;
+    sum_x(x, x_sums, (work.end - work.begin) * kGroupsPerUnit, warp, lane);
+
     RingPosition at;
-    for (int i = 0; i < work.blocks; ++i) {
-      const int tiles = tiles_of_block(args.row_tiles, work.block(i)), tile = min(warp, tiles - 1);
-      UnitMultiplier<Format, kTokens> multiplier(args);
+    for (int set = 0; set < work.sets; ++set) {
+      Accumulator sums[kTiles][kTokenTiles][4] = {};
       for (int unit = work.begin; unit < work.end; unit += args.chunk_units) {
         const int count = min(args.chunk_units, work.end - unit);
-        const uint32_t stage = ring + at.stage * stage_bytes;
-        const uint32_t scales = stage + args.chunk_units * kBlockTiles * Format::kUnitBytes;
-        mbarrier_wait(barriers.full + at.stage * 8, at.parity);
-        const int first_group = group * Format::kUnitGroups;
-        UnitAddress address;
-        address.weights = stage + (group * tiles * Format::kPieces + tile) * Format::kTileBytes + lane * 16;
-        address.piece_step = tiles * Format::kTileBytes;
-        address.scales = scales + (first_group * tiles + tile) * 32 + lane / 4 * 4;
-        address.zeros = address.scales + args.chunk_units * kBlockRows * Format::kScaleBytes;
-        address.group_step = tiles * 32;
-        address.x = x_descriptor + (unit - work.begin + group) * (kRowBytes / 32) * x_step;
-        address.x_step = x_step;
-        address.x_sums = base + args.smem_sums + lane % 4 * 8 +
-                         ((unit - work.begin) * Format::kUnitGroups + first_group) * kTokens * 4;
-        for (int u = group; u < count; u += kGroups) {
-          multiplier.unit(address);
-          address.weights += kGroups * tiles * Format::kUnitBytes;
-          address.scales += kGroups * tiles * Format::kUnitGroups * 32;
-          address.zeros += kGroups * tiles * Format::kUnitGroups * 32;
-          address.x += kGroups * (kRowBytes / 32) * x_step;
-          address.x_sums += kGroups * Format::kUnitGroups * kTokens * 4;
+        const uint32_t stage = ring + at.stage * kTiles * work.tile_bytes;
+        mbarrier_wait(full + at.stage * 8, at.parity);
+        for (int u = count * warp / kWarps; u < count * (warp + 1) / kWarps; ++u) {
+          const int local = unit + u - work.begin, k_bytes = local * kUnit * Format::kXBytes;
+          const uint32_t sums_of_x = x_sums + local * kGroupsPerUnit * kTokenTiles * 32;
+          Format::template multiply<kTiles, kTokenTiles>(args, stage, work.tile_bytes, args.chunk_units, u, x, k_bytes,
+                                                         sums_of_x, lane, sums);
         }
         __syncwarp();
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(barriers.empty + at.stage * 8);
+        if (lane == 0) mbarrier_arrive(empty + at.stage * 8);
         at.advance(args.stages);
       }
-      if (i == 0) wait_for_ranks(work);
-      send(work, base + args.smem_parts, barriers, i, group, warp, lane, multiplier.sums);
-    }
-    if (work.blocks <= 0) wait_for_ranks(work);
-  }
-
-  // A warpgroup's sums to the ranks that own them.
-  static __device__ __forceinline__ void send(const Work& work, uint32_t parts, const Barriers& barriers, int i, int group,
-                                              int warp, int lane, const Accumulator (&sums)[kTokens / 2]) {
-    const int buffer = i % kPartBuffers, source = work.rank * kGroups + group;
-    if (i >= kPartBuffers) mbarrier_wait(barriers.free + buffer * 8, (i / kPartBuffers - 1) & 1);
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      const int slot = (warp * (kTokens / 8) + j) * 32 + lane, owner = slot >> work.own_shift;
-      const int at = (source << work.own_shift) + (slot & ((1 << work.own_shift) - 1));
-      const uint32_t to = parts + buffer * kPartBytes + at * 16;
-      store_cluster16_async(map_to_rank(to, owner), *reinterpret_cast<const uint4*>(&sums[4 * j]),
-                            map_to_rank(barriers.done + buffer * 8, owner));
+      const int buffer = set % kSlotBuffers;
+      const uint32_t done = slots + buffer * 16;
+      if (set >= kSlotBuffers) mbarrier_wait(done + 8, (set / kSlotBuffers - 1) & 1);
+      store_slot(base + args.smem_slots + (buffer * kWarps + warp) * kSlotBytes, lane, sums);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(done);
     }
   }
 
-  static __device__ void finish(const DecodeArgs& args, const Work& work, uint32_t parts, const Barriers& barriers, int lane) {
-    wait_for_ranks(work);
-    for (int i = 0; i < work.blocks; ++i) {
-      const int buffer = i % kPartBuffers, source_bytes = 16 << work.own_shift;
-      mbarrier_wait(barriers.done + buffer * 8, i / kPartBuffers & 1);
-      for (int mine = lane; mine < 1 << work.own_shift; mine += 32) {
-        uint32_t from = parts + buffer * kPartBytes + mine * 16;
-        Accumulator sum[4] = {};
-        for (int rank = 0; rank < work.ranks; ++rank) {
-          uint4 v[kGroups];
+  static __device__ void add_up(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t slots, int lane) {
+    for (int set = 0; set < work.sets; ++set) {
+      const int buffer = set % kSlotBuffers;
+      const uint32_t done = slots + buffer * 16, slot = base + args.smem_slots + buffer * kWarps * kSlotBytes;
+      mbarrier_wait(done, set / kSlotBuffers & 1);
+      Accumulator sums[kTiles][kTokenTiles][4] = {};
 #pragma unroll
-          for (int group = 0; group < kGroups; ++group, from += source_bytes) v[group] = load_smem16(from);
+      for (int w = 0; w < kWarps; ++w) {
 #pragma unroll
-          for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) sum[c] += reinterpret_cast<const Accumulator*>(&v[group])[c];
-          }
+        for (int i = 0; i < kTiles * kTokenTiles; ++i) {
+          add(sums[i / kTokenTiles][i % kTokenTiles], load_smem16(slot + w * kSlotBytes + i * 512 + lane * 16));
         }
-        const int slot = (work.rank << work.own_shift) + mine, tile = slot >> (kSlotShift - 2);
-        const int row = work.block(i) * kBlockRows + tile * 16 + slot % 32 / 4;
-        store(args, slot / 32 % (kTokens / 8) * 8 + slot % 4 * 2, row, sum);
       }
       __syncwarp();
-      if (i + kPartBuffers < work.blocks) {
-        if (lane == 0) mbarrier_arrive_expect(barriers.done + buffer * 8, kPartBytes);
-        __syncwarp();
-        if (lane < work.ranks) mbarrier_arrive_at(barriers.free + buffer * 8, lane);
+      if (lane == 0) mbarrier_arrive(done + 8);
+      if (work.ranks == 1) {
+        finish(args, work.first + set * work.step, lane, sums);
+      } else {
+        store_slot(base + args.smem_kept + set * kSlotBytes, lane, sums);
       }
     }
-  }
-
-  // Sums of rows `row` and row + 8 for tokens `token` and token + 1, as Epilogue::store_pair.
-  static __device__ __forceinline__ void store(const DecodeArgs& args, int token, int row, const Accumulator (&sum)[4]) {
-    const Epilogue& epilogue = args.epilogue;
-    if (row >= epilogue.n) return;
-    const RowTerms terms(epilogue, row);
-    const bool gated = epilogue.gate != Gate::kNone;
-    const int column = gated ? row / 16 * 8 + row % 8 : row;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (token + i >= args.m) return;
-      const int64_t at = int64_t(token + i) * epilogue.y_stride + column;
-      float v = terms.value(epilogue, token + i, 0, sum[i]), u = terms.value(epilogue, token + i, 1, sum[i + 2]);
-      if (gated) v = gate_value(epilogue.gate, v) * u;
-      put(epilogue, at, v);
-      if (!gated) put(epilogue, at + 8, u);
-    }
-  }
-  static __device__ __forceinline__ void put(const Epilogue& epilogue, int64_t at, float v) {
-    if (epilogue.residual != nullptr) v += to_float(static_cast<const Y*>(epilogue.residual)[at]);
-    static_cast<Y*>(epilogue.y)[at] = from_float<Y>(v);
   }
 
   static __device__ void run(const DecodeArgs& args) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const uint32_t base = smem_address(smem);
-    const Barriers barriers(args, base);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t base = smem_address(smem), ring = base + args.smem_ring;
+    const uint32_t slots = base + args.smem_barriers;  // done, free a buffer of slots
+    const uint32_t full = slots + 2 * kSlotBuffers * 8, empty = full + kMaxStages * 8;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Work work(args);
     if (threadIdx.x == 0) {
       for (int s = 0; s < args.stages; ++s) {
-        mbarrier_init(barriers.full + s * 8, 1);
-        mbarrier_init(barriers.empty + s * 8, kGroups);
+        mbarrier_init(full + s * 8, 1);
+        mbarrier_init(empty + s * 8, kWarps);
       }
-      for (int b = 0; b < kPartBuffers; ++b) {
-        mbarrier_init(barriers.done + b * 8, 1);
-        mbarrier_init(barriers.free + b * 8, work.ranks);
+      for (int b = 0; b < kSlotBuffers; ++b) {
+        mbarrier_init(slots + b * 16, kWarps);
+        mbarrier_init(slots + b * 16 + 8, 1);
       }
       mbarrier_init_fence();
-      for (int b = 0; b < kPartBuffers; ++b) {
-        if (b < work.blocks) mbarrier_arrive_expect(barriers.done + b * 8, kPartBytes);
-      }
     }
     __syncthreads();
-    if (work.ranks > 1) cluster_arrive();
-    if (warp == kMultiplyThreads / 32) {
-      // Where nothing is to be waited for, x comes first: it would queue behind the weights.
-      if (!args.dependent) barrier(kXBarrier, kMultiplyThreads + 32);
-      if (lane == 0) produce(args, work, base + args.smem_ring, barriers);
-      __syncwarp();
-      wait_for_ranks(work);
+    let_next_kernel_start();
+    if (warp == kWarps) {
+      produce(args, work, ring, full, empty, lane);
     } else {
       wait_for_previous_kernel();
-      warp < kMultiplyThreads / 32 ? multiply(args, work, base, barriers)
-                                   : finish(args, work, base + args.smem_parts, barriers, lane);
+      warp < kWarps ? multiply(args, work, base, ring, full, empty, slots, warp, lane)
+                    : add_up(args, work, base, slots, lane);
     }
+    if (work.ranks == 1) return;
+
+    __syncwarp();
+    cluster_sync();
+    for (int set = work.rank + work.ranks * warp; set < work.sets; set += work.ranks * (kThreads / 32)) {
+      Accumulator sums[kTiles][kTokenTiles][4] = {};
+      for (int r = 0; r < work.ranks; ++r) {
+        const uint32_t kept = map_to_rank(base + args.smem_kept + set * kSlotBytes, r) + lane * 16;
+#pragma unroll
+        for (int i = 0; i < kTiles * kTokenTiles; ++i) {
+          add(sums[i / kTokenTiles][i % kTokenTiles], load_cluster16(kept + i * 512));
+        }
+      }
+      finish(args, work.first + set * work.step, lane, sums);
+    }
+    cluster_sync();  // nobody leaves while its sums are being read
   }
 };
 
-template <class Format, typename Y, int kTokens>
-__global__ void __launch_bounds__(DecodeMatmul<Format, Y, kTokens>::kThreads, 2) decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
+template <class Format, int kTiles, int kTokenTiles, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps + 64, kTokenTiles == 1 ? 2 : 1)
+    decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
-  DecodeMatmul<Format, Y, kTokens>::run(args);
+  DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>::run(args);
 #else
   __trap();  // rather than leave y as it was
 #endif
@@ -533,38 +473,42 @@ __global__ void __launch_bounds__(DecodeMatmul<Format, Y, kTokens>::kThreads, 2)
 struct DecodePlan {
   int ranks = 1;           // CTAs of a cluster, which split K
   int smem_bytes = 0;      // at most this much a CTA
-  int chunk_units = 1;     // units a stage for each warpgroup
-  int resident = 2;        // CTAs a multiprocessor that are launched at most
+  int warp_units = 4;      // units of a chunk for each warp
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-// False where x does not fit the shared memory that the plan allows.
-template <class Format, typename Y, int kTokens>
-bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, const LaunchContext& context) {
-  using Kernel = DecodeMatmul<Format, Y, kTokens>;
+template <class Format, int kTiles, int kTokenTiles, int kWarps>
+bool launch_decode(const char* op, DecodeArgs args, int row_tiles, const DecodePlan& plan,
+                   const LaunchContext& context) {
+  using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>;
+  args.sets = (row_tiles + kTiles - 1) / kTiles;
+  args.last_tile = row_tiles - 1;
+
   const int slice = (args.units + plan.ranks - 1) / plan.ranks;
-  args.dependent = plan.dependent;
-  args.token_shift = args.m > 8 ? 4 : args.m > 4 ? 3 : args.m > 2 ? 2 : args.m - 1;
-  args.smem_sums = (slice * Kernel::kRowBytes << args.token_shift) + 128;  // a core matrix reads eight tokens, there or not
-  args.smem_parts = args.smem_sums + (Format::kGrouped ? slice * Format::kUnitGroups * kTokens * 4 : 0);
-  args.smem_barriers = args.smem_parts + kPartBuffers * Kernel::kPartBytes;
-  args.smem_ring = (args.smem_barriers + 2 * (kMaxStages + kPartBuffers) * 8 + 127) / 128 * 128;
+  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kWarps>;
+  const int clusters =
+      std::min(args.sets, resident_clusters(kernel, Kernel::kThreads, plan.ranks, plan.smem_bytes, context));
+  const int kept_sets = plan.ranks == 1 ? 0 : (args.sets + clusters - 1) / clusters;
+
+  args.x_pitch = slice * kUnit * Format::kXBytes + 16;
+  args.smem_sums = args.m * args.x_pitch;
+  args.smem_slots = args.smem_sums + (Format::kNeedsXSums ? slice * (8 / Format::kGroupSteps) * kTokenTiles * 32 : 0);
+  args.smem_kept = args.smem_slots + kSlotBuffers * kWarps * Kernel::kSlotBytes;
+  args.smem_barriers = args.smem_kept + kept_sets * Kernel::kSlotBytes;
+  args.smem_ring = (args.smem_barriers + (2 * kSlotBuffers + 2 * kMaxStages) * 8 + 127) / 128 * 128;
   const int ring = plan.smem_bytes - args.smem_ring;
-  args.chunk_units = plan.chunk_units * Kernel::kGroups;
-  while (args.chunk_units > Kernel::kGroups && ring / (args.chunk_units * Kernel::unit_bytes()) < 3) {
-    args.chunk_units -= Kernel::kGroups;
-  }
-  args.stages = std::min(std::max(0, ring) / (args.chunk_units * Kernel::unit_bytes()), kMaxStages);
+  const auto stages_of = [&](int chunk) { return std::max(0, ring) / (kTiles * tile_bytes_of<Format>(chunk)); };
+  int chunk = plan.warp_units * kWarps;  // a multiple of the warps' number, so that each has the same share
+  while (chunk > kWarps && stages_of(chunk) < 3) chunk -= kWarps;
+  args.chunk_units = std::min(chunk, slice);
+  args.stages = std::min(stages_of(args.chunk_units), kMaxStages);
   if (args.stages < 2) return false;
-  const int smem_bytes = args.smem_ring + args.stages * args.chunk_units * Kernel::unit_bytes();
-  const auto kernel = decode_matmul_kernel<Format, Y, kTokens>;
+  const int stage_bytes = kTiles * tile_bytes_of<Format>(args.chunk_units);
+  const int smem_bytes = args.smem_ring + args.stages * stage_bytes;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
-  const int resident =
-      resident_clusters(kernel, Kernel::kThreads, plan.ranks, smem_bytes, plan.resident, context);
-  const int clusters = std::min(row_blocks_of(args.row_tiles), resident);
-  launch_clusters(op, kernel, int64_t(clusters) * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent,
-                  args, context);
+  launch_clusters(op, kernel, clusters * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent, args,
+                  context);
   return true;
 }
 

@@ -9,7 +9,6 @@
 #include "cuda/dequantize.cuh"
 
 #include "common/torch_linear.h"
-#include "cuda/tile_layout.cuh"
 
 namespace fastinfer {
 
@@ -85,51 +84,36 @@ Tensor dequantize_int4(const char* op, const Tensor& w, const Tensor& w_scale, c
   return out;
 }
 
-// Which 16 bytes of a tile layout these are: `blocks` blocks of K, each `pieces` times 512 bytes a row tile.
-struct TilePiece {
-  int64_t tile, first_tile;         // row tile; the first one of its block
-  int lane, piece, block, tiles;  // of the row tile in its block: piece, block of K; row tiles of the block of rows
-  __device__ TilePiece(int64_t at, int row_tiles, int blocks, int pieces) {
-    lane = at % 32, at /= 32;
-    const int64_t row_block = at / (int64_t(kBlockTiles) * blocks * pieces);
-    at -= row_block * kBlockTiles * blocks * pieces;
-    first_tile = row_block * kBlockTiles, tiles = tiles_of_block(row_tiles, static_cast<int>(row_block));
-    piece = at % pieces, at /= pieces;
-    tile = first_tile + at % tiles, block = static_cast<int>(at / tiles);
-  }
-};
-
 // A thread unpacks the 16 bytes of one lane (LAYOUTS.md#tile-w4a16, #tile-w8a16): pairs of neighbours in two rows.
 __global__ void dequantize_int4_tiles_kernel(const uint4* w, const void* w_scale, const void* w_zero,
-                                             Element scale_type, float* out, int64_t pieces, int row_tiles, int blocks,
-                                             int groups) {
+                                             Element scale_type, float* out, int64_t pieces, int blocks, int groups) {
   const int64_t piece = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (piece >= pieces) return;
-  const TilePiece at(piece, row_tiles, blocks, 1);
-  const int g = at.lane / 4, t = at.lane % 4, k = 64 * blocks;
+  const int lane = piece % 32, g = lane / 4, t = lane % 4, block = piece / 32 % blocks, k = 64 * blocks;
+  const int64_t tile = piece / 32 / blocks;
   const uint4 v = w[piece];
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   for (int i = 0; i < 16; ++i) {
-    const int step = i / 4, column = 64 * at.block + 16 * step + 8 * (i / 2 % 2) + 2 * t, group = column / (k / groups);
-    const int64_t element = (at.first_tile * groups + group * at.tiles + at.tile - at.first_tile) * 16 + 2 * g + i % 2;
-    const float scale = load_float(w_scale, scale_type, element), zero = load_float(w_zero, scale_type, element);
+    const int step = i / 4, column = 64 * block + 16 * step + 8 * (i / 2 % 2) + 2 * t, group = column / (k / groups);
+    const int64_t at = (tile * groups + group) * 16 + 2 * g + i % 2;
+    const float scale = load_float(w_scale, scale_type, at), zero = load_float(w_zero, scale_type, at);
     const uint32_t low = words[step] >> (4 * (i % 4)) & 15, high = words[step] >> (4 * (i % 4) + 16) & 15;
     const float2 values{(static_cast<float>(low) - zero) * scale, (static_cast<float>(high) - zero) * scale};
-    *reinterpret_cast<float2*>(out + (at.tile * 16 + g + 8 * (i % 2)) * k + column) = values;
+    *reinterpret_cast<float2*>(out + (tile * 16 + g + 8 * (i % 2)) * k + column) = values;
   }
 }
 
 __global__ void dequantize_int8_tiles_kernel(const uint4* w, const float* w_scale, float* out, int64_t pieces,
-                                             int row_tiles, int blocks) {
+                                             int blocks) {
   const int64_t piece = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (piece >= pieces) return;
-  const TilePiece at(piece, row_tiles, blocks, 2);
-  const int g = at.lane / 4, t = at.lane % 4, k = 64 * blocks;
+  const int lane = piece % 32, g = lane / 4, t = lane % 4, block = piece / 32 % blocks, k = 32 * blocks;
+  const int64_t tile = piece / 32 / blocks;
   const uint4 v = w[piece];
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   for (int i = 0; i < 8; ++i) {
-    const int64_t row = at.tile * 16 + g + 8 * (i % 2);
-    const int column = 64 * at.block + 32 * at.piece + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * t;
+    const int64_t row = tile * 16 + g + 8 * (i % 2);
+    const int column = 32 * block + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * t;
     const float low = static_cast<int8_t>(words[i / 2] >> (8 * (i % 2)));
     const float high = static_cast<int8_t>(words[i / 2] >> (8 * (i % 2) + 16));
     *reinterpret_cast<float2*>(out + row * k + column) = {low * w_scale[row], high * w_scale[row]};
@@ -143,8 +127,8 @@ Tensor dequantize_int4_tiles(const char* op, const Tensor& w, const Tensor& w_sc
   Tensor out = torch::stable::new_empty(x, {n, k});
   dequantize_int4_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
       static_cast<const uint4*>(w.const_data_ptr()), w_scale.const_data_ptr(), w_zero.const_data_ptr(),
-      element_of(w_scale.scalar_type()), static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(n / 16),
-      static_cast<int>(k / 64), static_cast<int>(w_scale.size(1)));
+      element_of(w_scale.scalar_type()), static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 64),
+      static_cast<int>(w_scale.size(1)));
   check_launch(op);
   return out;
 }
@@ -156,8 +140,7 @@ Tensor dequantize_int8_tiles(const char* op, const Tensor& w, const Tensor& w_sc
   Tensor out = torch::stable::new_empty(x, {n, k});
   dequantize_int8_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
       static_cast<const uint4*>(w.const_data_ptr()), static_cast<const float*>(w_scale.const_data_ptr()),
-      static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(n / 16),
-      static_cast<int>(k / 64));
+      static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 32));
   check_launch(op);
   return out;
 }

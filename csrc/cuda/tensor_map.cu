@@ -38,4 +38,9 @@ CUtensorMap token_map(const char* op, const Tensor& x, int tokens) {
                 CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+CUtensorMap weight_map(const char* op, const void* w, int row_tiles, int blocks, int piece_bytes) {
+  return encode(op, CU_TENSOR_MAP_DATA_TYPE_INT64, 8, w, row_tiles, int64_t(blocks) * piece_bytes / 8, 4,
+                piece_bytes / 8, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 }  // namespace fastinfer

@@ -11,4 +11,8 @@ namespace fastinfer {
 // writes to shared memory in the 128-byte swizzle; zeros past the end.
 CUtensorMap token_map(const char* op, const Tensor& x, int tokens);
 
+// A map of weights in a tile layout, `row_tiles` rows of `blocks` pieces of `piece_bytes` (512, 1024 or 2048), in boxes of
+// four row tiles × one piece; zeros past the end.
+CUtensorMap weight_map(const char* op, const void* w, int row_tiles, int blocks, int piece_bytes);
+
 }  // namespace fastinfer

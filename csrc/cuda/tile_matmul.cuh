@@ -5,7 +5,6 @@
 
 #include "cuda/decode_matmul.cuh"
 #include "cuda/dependent_launch.cuh"
-#include "cuda/tile_plan.cuh"
 #include "cuda/wgmma_matmul.cuh"
 
 namespace fastinfer {
@@ -33,8 +32,13 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
 
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
-// False where x does not fit the shared memory.
-template <class Format, typename Y, int kTokens>
+template <class Format, int kTiles, int kTokenTiles>
+bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan, const LaunchContext& context) {
+  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, plan, context);
+}
+
+// False where x or the sums that ranks exchange do not fit the shared memory.
+template <class Format>
 bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& context) {
   DecodeArgs args;
   args.x = p.x.const_data_ptr();
@@ -43,29 +47,26 @@ bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& conte
   args.w_scale = p.w_scale, args.w_zero = p.w_zero;
   args.half_scales = p.scale_type == Element::kHalf;
   args.epilogue = p.epilogue;
-  args.m = p.m, args.units = p.k / kUnit, args.row_tiles = p.n / 16;
+  args.m = p.m, args.units = p.k / 128, args.groups = p.groups;
+  // Measured on an H200 (benchmarks/NOTES.md). Pairs of row tiles share each fragment of x where there are enough of them;
+  // half of the shared memory leaves room for the next kernel's blocks; ranks share an x that is too large for one.
   const int limit = context.limits().smem_per_block, half = context.limits().smem_per_multiprocessor / 2 - 1024;
-  const TilePlan& forced = forced_tile_plan();
-  if (forced.kernel == TileKernel::kDecode) {
-    const DecodePlan plan{forced.ranks, forced.resident == 0 ? limit : half, forced.shape, std::max(1, forced.resident), dependent};
-    return launch_decode<Format, Y, kTokens>(p.op, args, plan, context);
+  const bool wide = p.n >= 64 * context.limits().multiprocessors;
+  int ranks = 1;
+  while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
+  DecodePlan plan{ranks, 0, wide ? 4 : 2, dependent};
+  for (; plan.ranks <= 8; plan.ranks *= 2) {
+    for (const int smem : {half, limit}) {
+      if (wide && smem == half) continue;
+      plan.smem_bytes = smem;
+      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, plan, context)
+                                         : try_decode<Format, 1, 1>(p, args, plan, context))
+                                 : (wide ? try_decode<Format, 2, 2>(p, args, plan, context)
+                                         : try_decode<Format, 1, 2>(p, args, plan, context));
+      if (done) return true;
+    }
   }
-  // Few ranks mean few sums to exchange, many ranks less of x for each CTA and an even share of the blocks.
-  const int blocks = row_blocks_of(args.row_tiles), multiprocessors = context.limits().multiprocessors;
-  DecodePlan plan{0, half, 1, 1, dependent};
-  int64_t best = INT64_MAX;
-  for (int ranks = 1; ranks <= 8 && ranks <= args.units; ranks *= 2) {
-    const int slice = (args.units + ranks - 1) / ranks, clusters = std::min(blocks, multiprocessors / ranks);
-    const int x_bytes = slice * kUnit * Format::kXBytes * p.m;
-    if (x_bytes > 64 * 1024) continue;
-    const int64_t rounds = (blocks + clusters - 1) / clusters;
-    const int64_t cost = 16 * rounds * slice + 8 * ranks + x_bytes / 1024;
-    if (cost < best) best = cost, plan.ranks = ranks;
-  }
-  if (plan.ranks == 0) plan.ranks = std::min(8, args.units);
-  if (launch_decode<Format, Y, kTokens>(p.op, args, plan, context)) return true;
-  plan.smem_bytes = limit, plan.resident = 1;
-  return launch_decode<Format, Y, kTokens>(p.op, args, plan, context);
+  return false;
 }
 
 // ---- many tokens ------------------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ template <class Format, typename Y>
 int wgmma_clusters(int ranks, const LaunchContext& context) {
   using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1>;
   return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1>, Kernel::kThreads, ranks,
-                           Kernel::smem_bytes(3, ranks), 1, context);
+                           Kernel::smem_bytes(3, ranks), context);
 }
 
 template <class Format, typename Y>
@@ -94,9 +95,7 @@ void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& contex
 
   int shape = 0, ranks = 1;
   int64_t best = INT64_MAX;
-  const TilePlan& forced = forced_tile_plan();
-  if (forced.kernel == TileKernel::kWgmma) shape = forced.shape, ranks = forced.ranks, best = 0;
-  for (int r = 1; best > 0 && r <= 4; ++r) {
+  for (int r = 1; r <= 4; ++r) {
     if (r > 1 && r > p.k / 256) break;
     const int clusters = wgmma_clusters<Format, Y>(r, context);
     for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
@@ -130,9 +129,7 @@ constexpr int kDecodeTokens = 16;
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   const bool dependent = take_dependent_launch();
-  const bool decode = p.m <= kDecodeTokens && forced_tile_plan().kernel != TileKernel::kWgmma;
-  if (decode && (p.m <= 8 ? run_decode<Decode, Y, 8>(p, dependent, context) : run_decode<Decode, Y, 16>(p, dependent, context)))
-    return;
+  if (p.m <= kDecodeTokens && run_decode<Decode>(p, dependent, context)) return;
   run_wgmma<Wgmma, Y>(p, dependent, context);
 }
 

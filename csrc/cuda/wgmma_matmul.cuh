@@ -22,13 +22,12 @@
 #include "common/wgmma.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/tensor_map.cuh"
-#include "cuda/tile_layout.cuh"
 
 namespace fastinfer {
 
 struct WgmmaArgs {
   CUtensorMap x_map;  // [M, K], boxes of kTokens × one block
-  const unsigned char* w = nullptr;
+  CUtensorMap w_map;  // boxes of four row tiles × one block
   const void* w_scale = nullptr;
   const void* w_zero = nullptr;
   Element scale_type{};
@@ -67,7 +66,7 @@ template <typename T, int kG>
 struct Int4Wgmma {
   using Element = T;
   using Accumulator = float;
-  static constexpr int kSteps = 4, kTileBytes = Int4Tiles::kTileBytes, kBlockK = 64, kGroup = kG;
+  static constexpr int kSteps = 4, kTileBytes = 512, kBlockK = 64, kGroup = kG;
   static constexpr bool kDirect = false;  // words from shared memory become fragments in registers
   static constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
@@ -93,9 +92,7 @@ struct Int4Wgmma {
     __device__ Scales(const WgmmaArgs& a, uint32_t to, int l) : args(a), smem(to), lane(l) {}
     __device__ __forceinline__ void prefetch(int row_tile, int block) {
       const int group = min(block * kBlockK / kGroup + lane / 4, args.groups - 1);
-      const int block_of_rows = row_tile / kBlockTiles, tiles = tiles_of_block(args.row_tiles, block_of_rows);
-      const int64_t at = (int64_t(block_of_rows) * kBlockTiles * args.groups + group * tiles + row_tile % kBlockTiles) * 4 +
-                         lane % 4;  // in fours
+      const int64_t at = (int64_t(row_tile) * args.groups + group) * 4 + lane % 4;  // in fours
       if (args.scale_type == fastinfer::Element::kFloat) {
         scale = __ldg(static_cast<const uint4*>(args.w_scale) + at),
         zero = __ldg(static_cast<const uint4*>(args.w_zero) + at);
@@ -177,7 +174,7 @@ template <typename T>
 struct Int8Wgmma {
   using Element = T;
   using Accumulator = float;
-  static constexpr int kSteps = 4, kTileBytes = Int8Tiles::kTileBytes, kBlockK = 64, kGroup = 128;
+  static constexpr int kSteps = 4, kTileBytes = 1024, kBlockK = 64, kGroup = 128;
   static constexpr bool kDirect = false;
   using Factors = NoScales::Factors;
   using Scales = NoScales;
@@ -196,7 +193,7 @@ struct Int8Wgmma {
 struct Int8x8Wgmma {
   using Element = int8_t;
   using Accumulator = int32_t;
-  static constexpr int kSteps = 4, kTileBytes = Int8x8Tiles::kTileBytes, kBlockK = 128, kGroup = 128;
+  static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
   static constexpr bool kDirect = true;  // what lies in shared memory is the fragments
   using Factors = NoScales::Factors;
   using Scales = NoScales;
@@ -264,22 +261,12 @@ struct WgmmaMatmul {
 
   static __device__ void produce(const Work& work, uint32_t ring, uint32_t full, uint32_t empty) {
     const WgmmaArgs& args = work.args;
-    // A stage of a warpgroup's 64 rows is one piece of memory. Rows past the end repeat the last block.
     const auto copy_weights = [&](const Tile& tile, int block, int stage) {
-      const uint32_t full_stage = full + stage * 8;
-      int row_block[kConsumers], tiles[kConsumers], row_tiles = 0;
 #pragma unroll
-      for (int i = 0; i < kConsumers; ++i) {
-        row_block[i] = min(tile.row_block * kConsumers + i, row_blocks_of(args.row_tiles) - 1);
-        tiles[i] = tiles_of_block(args.row_tiles, row_block[i]);
-        row_tiles += tiles[i];
-      }
-      mbarrier_arrive_expect(full_stage, kStageBlocks * (kXBytes + row_tiles * Format::kTileBytes));
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) {
-        const int64_t before = int64_t(row_block[i]) * args.blocks * kBlockTiles + int64_t(block) * tiles[i];
-        bulk_copy(ring + stage * kStageBytes + kStageBlocks * (kXBytes + i * 4 * Format::kTileBytes),
-                  args.w + before * Format::kTileBytes, kStageBlocks * tiles[i] * Format::kTileBytes, full_stage);
+      for (int i = 0; i < kStageBlocks * kConsumers; ++i) {
+        tensor_copy(ring + stage * kStageBytes + kStageBlocks * kXBytes + i * 4 * Format::kTileBytes, &args.w_map,
+                    (block + i / kConsumers) * (Format::kTileBytes / 8),
+                    tile.row_block * kTilesPerCta + i % kConsumers * 4, full + stage * 8);
       }
     };
     const auto copy_x = [&](const Tile& tile, int block, int stage) {
@@ -301,6 +288,7 @@ struct WgmmaMatmul {
       const Tile tile = work.tile(work.first, 0);
       ahead = min(args.stages, (work.end - work.begin) / kStageBlocks);
       for (int s = 0; s < ahead; ++s) {
+        mbarrier_arrive_expect(full + s * 8, kStageBytes);
         copy_weights(tile, work.begin + s * kStageBlocks, s);
       }
     }
@@ -314,6 +302,7 @@ struct WgmmaMatmul {
           --ahead;
         } else {
           if (!first_round) mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+          mbarrier_arrive_expect(full + at.stage * 8, kStageBytes);
           copy_weights(tile, block, at.stage);
         }
         copy_x(tile, block, at.stage);
@@ -327,7 +316,7 @@ struct WgmmaMatmul {
                                  uint32_t empty) {
     const WgmmaArgs& args = work.args;
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const uint32_t my_words = ring + kStageBlocks * (kXBytes + group * 4 * Format::kTileBytes);
+    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
     const auto release = [&](int stage) {
       if constexpr (kMembers == 1) {
         if (thread == 0) mbarrier_arrive(empty + stage * 8);
@@ -345,8 +334,6 @@ struct WgmmaMatmul {
     wait_for_previous_kernel();
     for (int index = work.first; index < work.tiles; index += work.step) {
       const Tile next = work.tile(min(index + work.step, work.tiles - 1), group);
-      const int row_block = min(tile.row_tile / kBlockTiles, row_blocks_of(args.row_tiles) - 1);
-      const int tiles = tiles_of_block(args.row_tiles, row_block), piece_step = tiles * Format::kTileBytes;
       int last_stage = -1;
       for (int block = work.begin; block < work.end; block += kStageBlocks) {
         const int chunk_block = (block - work.begin) % Scales::kChunkBlocks;
@@ -361,11 +348,11 @@ struct WgmmaMatmul {
           factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
         }
         mbarrier_wait(full + at.stage * 8, at.parity);
-        const uint32_t from = my_words + at.stage * kStageBytes + min(warp, tiles - 1) * Format::kTileBytes;
+        const uint32_t from = my_words + at.stage * kStageBytes;
         uint32_t words[kStageBlocks][kWords];
         if constexpr (!Format::kDirect) {
 #pragma unroll
-          for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * piece_step, lane, words[i]);
+          for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
         }
         // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
         // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
@@ -375,7 +362,7 @@ struct WgmmaMatmul {
           for (int j = 0; j < kBatchSteps; ++j) {
             const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
             if constexpr (Format::kDirect) {
-              const uint4 v = load_smem16(from + i * piece_step + step * 512 + lane * 16);
+              const uint4 v = load_smem16(from + i * kWeightBytes + step * 512 + lane * 16);
               a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
             } else {
               constexpr int kStepK = Format::kBlockK / Format::kSteps;
@@ -406,6 +393,7 @@ struct WgmmaMatmul {
           for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
         });
       }
+      __syncwarp();  // the stores return lane by lane, and aligned instructions follow
       tile = next;
     }
   }
@@ -542,6 +530,7 @@ struct WgmmaMatmul {
     const uint32_t full = scale_smem + kScaleBytes, empty = full + kMaxStages * 8;
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&args.x_map);
+      prefetch_tensor_map(&args.w_map);
       for (int s = 0; s < args.stages; ++s) {
         mbarrier_init(full + s * 8, 1);
         mbarrier_init(empty + s * 8, kConsumers * kMembers);
@@ -592,7 +581,7 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>;
   args.blocks = static_cast<int>(x.size(1)) / Format::kBlockK;
   args.x_map = token_map(op, x, kTokens / kMembers);
-  args.w = static_cast<const unsigned char*>(w);
+  args.w_map = weight_map(op, w, args.row_tiles, args.blocks, Format::kTileBytes);
   args.row_blocks = (args.row_tiles + Kernel::kTilesPerCta - 1) / Kernel::kTilesPerCta;
   args.token_tiles = (args.m + kTokens - 1) / kTokens;
   const int limit = context.limits().smem_per_block,
@@ -607,7 +596,7 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   const int size = ranks * kMembers;
   const int64_t clusters =
       ranks > 1 ? tiles
-                : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, 1, context));
+                : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context));
   launch_clusters(op, kernel, clusters * size, Kernel::kThreads, size, smem_bytes, plan.dependent, args, context);
 }
 

@@ -1,8 +1,8 @@
 """Siblings: linears that a block calls on the same input, as one matmul on one packed buffer.
 
 The linears stay where they are, under their names. Their packed tensors are consecutive slices of the merged ones, so that
-there is one copy and each works alone too: every layout orders the rows of a block among themselves, so slices of whole
-blocks keep their layout. In a pair (a gate and its up, for the gated epilogue) the merged rows take turns in eights; the
+there is one copy and each works alone too: every layout orders the rows of sixteen among themselves, so slices of whole
+sixteens keep their layout. In a pair (a gate and its up, for the gated epilogue) the merged rows take turns in eights; the
 two linears then hold a half of the memory each, marked PAIR, and read themselves out of the whole.
 
 Who runs the merged matmul? The block's forward (fastinfer/modules/blocks.py) opens a round for its own duration. The first
@@ -20,17 +20,15 @@ import torch
 from torch import nn
 
 from fastinfer.modules.quantized import MARK, QuantizedModule
-from fastinfer.ops.layout import BLOCK_ROWS, GATE_ROWS, PANEL, ROW, convert, interleave_gate_up, split_gate_up
+from fastinfer.ops.layout import GATE_ROWS, ROW, convert, interleave_gate_up, split_gate_up
 
 PAIR = "pair"
 MISSES = 2
 """Rounds in a row that did not use all of a product, after which a product is not made any more."""
 
 
-def slice_rows(device: torch.device, pair: bool) -> int:
-    """The layouts of a device reorder whole groups of so many rows, so that a slice of them is in that layout too. A pair is
-    read out of the whole and needs whole tiles only."""
-    return BLOCK_ROWS if device.type == "cuda" and not pair else PANEL
+ROWS = 16
+"""Every layout reorders whole groups of so many rows, so a slice of them is in that layout too."""
 
 
 class Sibling(QuantizedModule):
@@ -185,9 +183,8 @@ class Siblings:
             return "a weight was put in from outside"
         if len(biases) > 1 or any(device != first.weight.device for device, _ in biases):
             return "their biases differ in device or dtype"
-        rows = slice_rows(first.weight.device, self.pair)
-        if any(linear.out_features % rows for linear in self.linears):
-            return f"their output features are not all multiples of {rows}"
+        if any(linear.out_features % ROWS for linear in self.linears):
+            return f"their output features are not all multiples of {ROWS}"
         return None
 
     def _biases(self) -> list[nn.Parameter | None]:

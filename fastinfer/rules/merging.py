@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastinfer.modules.linear import float_weight
-from fastinfer.modules.siblings import Siblings, slice_rows
+from fastinfer.modules.siblings import ROWS, Siblings
 from fastinfer.ops._common import ACTIVATIONS
 from fastinfer.recipe import Spec
 from fastinfer.rules import linear as linear_rule
@@ -98,9 +98,8 @@ def eligible(found: Found, linears: dict[str, tuple[nn.Module, Spec]]) -> tuple[
             continue
         linear, spec = linears[name]
         n, k = float_weight(linear).shape
-        rows = slice_rows(linear.weight.device, found.activation != "none")
-        if n % rows:
-            reasons[name] = f"has {n} output features, not a multiple of {rows}"
+        if n % ROWS:
+            reasons[name] = f"has {n} output features, not a multiple of {ROWS}"
             continue
         kind = spec.weights, spec.group_size, spec.activations, k, linear.weight.dtype, linear.weight.device
         alike.setdefault(kind, []).append(name)
