@@ -9,7 +9,7 @@
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
 | torch | the same in torch's operations, where no single one does it (int8_quantize) | – |
 
-The bare ones get activations that are already int8, so they do less than int8_scaled_matmul; `_int_mm` has no scales either.
+The bare ones get activations that are already int8, as int8_scaled_matmul does here; `_int_mm` has no scales.
 
 FASTINFER_PEERS is a folder that holds, out of the vLLM wheel built for the torch in use (0.20.2: torch 2.11, CUDA 13),
 vllm/_C.abi3.so, vllm/_C_stable_libtorch.abi3.so and vllm/scalar_type.py. A peer that is missing, or refuses a shape or a

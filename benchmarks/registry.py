@@ -81,8 +81,12 @@ def _case(op: str, weights: list[tuple], problem: Problem) -> Case:
     int8 = importlib.import_module("fastinfer.ops.int8_matmul")
     weight = partial(getattr(module, "dequantize", int8.dequantize), *weights[0])
     weight_bytes = sum(t.nbytes for t in arguments[0][0])
+    given, rest = x, {}
+    if op == "int8_scaled_matmul":  # what makes x int8 is an op of its own
+        given, x_scale = ops.int8_quantize(x)
+        rest = dict(x_scale=x_scale, out_dtype=dtype)
     return Case(
-        calls=[partial(getattr(ops, op), x, *packed, layout=layout) for packed, layout in arguments],
+        calls=[partial(getattr(ops, op), given, *packed, layout=layout, **rest) for packed, layout in arguments],
         exact=lambda: module.reference(x, *weights[0], dtype=torch.float64),
         plain=lambda: (
             module.reference(x, *weights[0])
@@ -92,7 +96,7 @@ def _case(op: str, weights: list[tuple], problem: Problem) -> Case:
         magnitude=lambda: (x.abs().float() @ weight(dtype=torch.float32).abs().T).max().item(),
         peers=peers.collect(peers.NAMES[op], problem),
         weight_bytes=weight_bytes,
-        bytes=weight_bytes + x.element_size() * problem.m * (problem.k + problem.n),
+        bytes=weight_bytes + given.nbytes + dtype.itemsize * problem.m * problem.n,
         operations=2 * problem.m * problem.n * problem.k,
     )
 

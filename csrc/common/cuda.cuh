@@ -199,10 +199,12 @@ void launch_clusters(const char* op, void (*kernel)(Args), int64_t blocks, int t
   FASTINFER_CHECK(op, error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
-// How many clusters of the kernel run at once with one block a multiprocessor; some of them fit no whole cluster.
+// How many clusters of the kernel run at once with `resident` blocks a multiprocessor, as many as it has room for; some
+// multiprocessors fit no whole cluster.
 template <typename Args>
-int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context) {
-  const int limit = context.limits().multiprocessors / ranks;
+int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context,
+                      int resident = 1) {
+  const int limit = context.limits().multiprocessors * resident / ranks;
   if (ranks <= 2) return limit;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;  // of kernel, device, ranks, shared memory

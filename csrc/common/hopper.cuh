@@ -63,14 +63,11 @@ struct RingPosition {
 
 // ---- bulk copies --------------------------------------------------------------------------------------------------------
 
-// `bytes` (a multiple of 16, both ends 16-byte aligned) from global to shared; completes on `barrier`. Weights are read
-// once: they are the first that the L2 may evict.
-__device__ __forceinline__ void bulk_copy_stream(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+// `bytes` (a multiple of 16, both ends 16-byte aligned) from global to shared; completes on `barrier`.
+__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
-          "r"(smem),
-      "l"(gmem), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(smem), "l"(gmem),
+      "r"(bytes), "r"(barrier)
       : "memory");
 }
 
@@ -111,6 +108,11 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
+// The same in two halves; orders no memory accesses, for kernels that only have to know that the others have started.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory"); }
 // The address of this CTA's shared-memory address in the CTA of rank `rank`.
 __device__ __forceinline__ uint32_t map_to_rank(uint32_t smem, uint32_t rank) {
   uint32_t remote;
@@ -124,6 +126,11 @@ __device__ __forceinline__ uint4 load_cluster16(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+__device__ __forceinline__ void store_cluster16(uint32_t address, const uint4& v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 
 // Until the kernel before has finished and what it wrote is visible; nothing where the launch is an ordinary one.

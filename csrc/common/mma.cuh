@@ -22,6 +22,13 @@ __device__ __forceinline__ void copy16_stream(uint32_t smem, const void* gmem, i
 __device__ __forceinline__ void copy16_cached(uint32_t smem, const void* gmem, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
 }
+// The same, always all of them.
+__device__ __forceinline__ void copy16_stream(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(smem), "l"(gmem) : "memory");
+}
+__device__ __forceinline__ void copy4(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(smem), "l"(gmem) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most `pending` (0, 1 or 2; 2 or more count as 2) of this thread's newest copy groups are unfinished.
@@ -33,6 +40,11 @@ __device__ __forceinline__ void copy_wait(int pending) {
   } else {
     asm volatile("cp.async.wait_group 2;\n" ::: "memory");
   }
+}
+// The same where it is known how many.
+template <int kPending>
+__device__ __forceinline__ void copy_wait_for() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
 // Barrier among `threads` threads of the block; `id` 1 … 15 (0 is __syncthreads).

@@ -1,20 +1,23 @@
-// decode_matmul: y[M, N] = x[M, K] · dequant(w)[N, K]ᵀ for M ≤ 16, every weight format in its tile layout
+// decode_matmul: y[M, N] = x[M, K] · dequant(w)[N, K]ᵀ for M ≤ 16, every weight format in its tile layout, and 16-bit rows
 // Source    own design
-// Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8
-// Requires  sm90; K % 128 == 0, N in whole tiles of 16 rows; 16-byte aligned operands
-// Mapping   weights are the mma's 16-row operand, tokens its columns. x stays in shared memory; weights stream through it
-//           once. A unit is 16 rows × 128 k. The ranks of a cluster split K. One warp of a CTA copies chunks of the rank's
-//           slice into a ring, kWarps warps share the units of a chunk, and one warp adds up what they leave in slots when
-//           a set of row tiles is done, always in the same order; the ranks' sums are added likewise at the end:
+// Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8; plain rows
+// Requires  sm90; K in whole units of the format; 16-byte aligned operands
+// Mapping   weights are the mma's 16-row operand, tokens its columns. A unit is 16 rows × kUnitK columns, 1024 bytes: two
+//           16-byte pieces a lane, each lane copying what it multiplies itself. So every warp has a ring of its own and
+//           meets the others only when sums are added. The ranks of a cluster split K, and so do the warps of a CTA
+//           (all of them, or fewer that then take different row tiles); x of the CTA's slice stays in shared memory.
 //
-//              K →      rank 0              rank 1            sets: cluster c takes c, c + clusters, …
+//              K →      rank 0              rank 1            cluster c takes row tiles c, c + clusters, …
 //                   ┌────┬────┬────┐   ┌────┬────┬────┐
-//              N ↓  │ w0 │ w1 │ …  │   │ w0 │ w1 │ …  │       wi: units of a chunk that warp i multiplies
+//              N ↓  │ w0 │ w1 │ …  │   │ w0 │ w1 │ …  │       wi: every 8th unit, warp i
 //                   └────┴────┴────┘   └────┴────┴────┘
 //
-//           The ring is filled before the previous kernel has finished (dependent launch): weights do not depend on it.
+//           Every `set` of row tiles the warps' sums meet in slots of shared memory and are added up in their order; with
+//           several ranks each sends its sums to the one that owns them, which adds up at the end, in order too.
+//           Where a warp has few units of a row tile, it keeps their x in registers (kHeld units).
+//           The rings are filled before the previous kernel has finished (dependent launch): weights do not depend on it.
 // Bound     memory: weights + scales
-// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
+// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py
 #pragma once
 
 #include <type_traits>
@@ -25,120 +28,160 @@
 
 namespace fastinfer {
 
-constexpr int kUnit = 128;  // k of a unit
-
 struct DecodeArgs {
   const void* x = nullptr;  // [M, K]
   int64_t x_stride = 0;     // bytes from row to row
   const unsigned char* w = nullptr;
-  const void* w_scale = nullptr;
-  const void* w_zero = nullptr;
+  int64_t w_stride = 0;  // bytes from row to row, where w is rows
+  const unsigned char* w_scale = nullptr;
+  const unsigned char* w_zero = nullptr;
   bool half_scales = false;  // fp16 scales and zero points, else bf16
+  bool dependent = false;    // launched before the previous kernel has finished
   Epilogue epilogue;
-  int m = 0, units = 0, groups = 0;  // M; K / 128; K / G
-  int sets = 0;                      // of kTiles row tiles each
-  int last_tile = 0;
-  int chunk_units = 0, stages = 0;  // units a stage, stages of the ring
-  int x_pitch = 0;                  // bytes from token to token in shared memory
-  int smem_sums = 0, smem_slots = 0, smem_kept = 0, smem_barriers = 0, smem_ring = 0;  // offsets
+  int m = 0, units = 0;                           // M; K in units
+  int last_row = 0, last_tile = 0;                // of w
+  int entries = 0, longer = 0;                    // row-tile groups of a cluster; how many clusters have one more
+  int rank_shift = 0, k_shift = 0, set_shift = 0;  // log2 of: ranks, warps along K, entries of a warp in a set
+  int x_pitch = 0;                                // bytes from token to token in shared memory
+  int smem_x = 0, smem_slots = 0, smem_kept = 0;  // offsets; the rings come first
 };
 
 // ---- weight formats: what a unit is in memory and how it is multiplied ----------------------------------------------
+// Cursor: where a lane's share of a unit is; copy() brings it to a stage of a ring and goes `step` units on.
+// Tokens: what a lane holds of a unit's x; load() takes it from where the lane reads each token tile.
+// multiply: adds the units of kTiles row tiles, one every kStageBytes of the stage, times x to `sums`.
 
-// x fragments of two mma steps for one tile of eight tokens.
-struct TokenTile {
-  uint32_t address;  // of this lane's ldmatrix row at k = 0
-  __device__ __forceinline__ void load(uint32_t (&b)[4], int k_bytes) const { load_matrices(b, address + k_bytes); }
+constexpr int kPieces = 1024;  // bytes of weights of a unit
+
+// Two steps of the mma an ldmatrix, 64 bytes of x.
+template <int kSteps>
+__device__ __forceinline__ void load_steps(uint32_t (&b)[kSteps][2], uint32_t x) {
+#pragma unroll
+  for (int s = 0; s < kSteps; s += 2) {
+    uint32_t v[4];
+    load_matrices(v, x + s * 32);
+    b[s][0] = v[0], b[s][1] = v[1], b[s + 1][0] = v[2], b[s + 1][1] = v[3];
+  }
+}
+template <int kTokenTiles, int kSteps>
+struct PlainTokens {
+  uint32_t b[kTokenTiles][kSteps][2];
+  __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) load_steps(b[tile], x[tile]);
+  }
+};
+
+// A unit in one piece.
+struct PieceCursor {
+  const unsigned char* w;
+  PieceCursor() = default;
+  __device__ __forceinline__ PieceCursor(const DecodeArgs& args, int tile, int unit, int lane)
+      : w(args.w + int64_t(tile * args.units + unit) * kPieces + lane * 16) {}
+  __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
+    copy16_stream(stage + lane * 16, w);
+    copy16_stream(stage + 512 + lane * 16, w + 512);
+    w += step * kPieces;
+  }
 };
 
 template <typename T, int kGroup>  // scales and zero points fp16 or bf16
 struct Int4Decode {
-  using Accumulator = float;
-  static constexpr int kSteps = kGroup / 16;  // of the mma, a group
-  static constexpr int kXBytes = 2, kWeightBytes = 1024, kGroups = 8 / kSteps;
-  static constexpr int kScaleBytes = kGroups * 16 * 2;  // of a unit; zero points take as much again
-  static constexpr int kUnitBytes = kWeightBytes + 2 * kScaleBytes;
-  static constexpr bool kNeedsXSums = true;
-  static constexpr int kGroupSteps = kSteps;
   using Element = T;
+  using Accumulator = float;
+  static constexpr int kUnitK = 128, kUnitXBytes = 256, kGroups = kUnitK / kGroup, kSteps = kGroup / 16;
+  static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
 
-  static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
-                                              uint32_t barrier, int lane) {
-    if (lane != 0) return;
-    const int chunk = args.chunk_units;
-    const int64_t first = int64_t(tile) * args.units + unit;
-    bulk_copy_stream(smem, args.w + first * kWeightBytes, count * kWeightBytes, barrier);
-    bulk_copy_stream(smem + chunk * kWeightBytes, static_cast<const char*>(args.w_scale) + first * kScaleBytes,
-                     count * kScaleBytes, barrier);
-    bulk_copy_stream(smem + chunk * (kWeightBytes + kScaleBytes),
-                     static_cast<const char*>(args.w_zero) + first * kScaleBytes, count * kScaleBytes, barrier);
-  }
+  struct Cursor : PieceCursor {
+    const unsigned char *scale, *zero;
+    Cursor() = default;
+    __device__ __forceinline__ Cursor(const DecodeArgs& args, int tile, int unit, int lane)
+        : PieceCursor(args, tile, unit, lane) {  // rows g and g + 8 are side by side
+      const int64_t pair = int64_t(tile * args.units + unit) * (kGroups * 32) + lane / 4 * 4;
+      scale = args.w_scale + pair, zero = args.w_zero + pair;
+    }
+    __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
+      PieceCursor::copy(stage, lane, step);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const uint32_t to = stage + kPieces + group * 256 + lane * 4;
+        copy4(to, scale + group * 32);
+        copy4(to + 128, zero + group * 32);
+      }
+      scale += step * (kGroups * 32), zero += step * (kGroups * 32);
+    }
+  };
 
-  // Scales of rows g and g + 8, which the layout keeps side by side.
   static __device__ __forceinline__ float2 load_pair(uint32_t address, bool half) {
     const uint32_t v = load_smem4(address);
     if (half) return __half22float2(as_half2(v));
     return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
   }
 
+  template <int kTokenTiles>
+  struct Tokens {
+    uint32_t b[kTokenTiles][8][2];           // of the unit's mma steps
+    float sum[kTokenTiles][kGroups][2];      // Σ x over each group, of this lane's two tokens
+    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
+      const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        load_steps(b[tile], x[tile]);
+        float total[4];
+#pragma unroll
+        for (int s = 0; s < 8; ++s) {
+          if (s % kSteps == 0) total[0] = total[1] = total[2] = total[3] = 0.f;
+          mma_m16n8k16<T>(total, ones, b[tile][s][0], b[tile][s][1]);
+          if (s % kSteps == kSteps - 1) sum[tile][s / kSteps][0] = total[0], sum[tile][s / kSteps][1] = total[1];
+        }
+      }
+    }
+  };
+
   template <int kTiles, int kTokenTiles>
-  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int chunk,
-                                                  int unit, const TokenTile (&x)[kTokenTiles], int k_bytes,
-                                                  uint32_t x_sums, int lane, float (&sums)[kTiles][kTokenTiles][4]) {
+  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, const Tokens<kTokenTiles>& x,
+                                                  int lane, float (&sums)[kTiles][kTokenTiles][4]) {
     constexpr int kChains = kTiles * kTokenTiles == 1 ? 2 : 1;  // independent mma chains hide the latency
     float part[kChains][kTiles][kTokenTiles][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[kTiles][4];
+      uint4 words[kTiles];
 #pragma unroll
-      for (int a = 0; a < kTiles; ++a) {
-        const uint4 v = load_smem16(stage + a * tile_bytes + unit * kWeightBytes + half * 512 + lane * 16);
-        words[a][0] = v.x, words[a][1] = v.y, words[a][2] = v.z, words[a][3] = v.w;
-      }
+      for (int a = 0; a < kTiles; ++a) words[a] = load_smem16(stage + a * kStageBytes + half * 512 + lane * 16);
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t b[kTokenTiles][4];
+      for (int step = 0; step < 4; ++step) {
+        const int s = 4 * half + step;
+        if (s % kSteps == 0) {
 #pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + (2 * half + pair) * 64);
+          for (int i = 0; i < kChains * kTiles * kTokenTiles * 4; ++i) (&part[0][0][0][0])[i] = 0.f;
+        }
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const int s = (2 * half + pair) * 2 + step;
-          if (s % kSteps == 0) {
+        for (int a = 0; a < kTiles; ++a) {
+          const uint32_t word = step == 0 ? words[a].x : step == 1 ? words[a].y : step == 2 ? words[a].z : words[a].w;
+          uint32_t fragment[4];
+          int4x8_to_pairs<T>(word, fragment);
 #pragma unroll
-            for (int i = 0; i < kChains * kTiles * kTokenTiles * 4; ++i) (&part[0][0][0][0])[i] = 0.f;
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            mma_m16n8k16<T>(part[s % kChains][a][tile], fragment, x.b[tile][s][0], x.b[tile][s][1]);
           }
+        }
+        if (s % kSteps != kSteps - 1) continue;
+        const int group = s / kSteps;
+        const uint32_t scales = stage + kPieces + group * 256 + lane * 4;
 #pragma unroll
-          for (int a = 0; a < kTiles; ++a) {
-            uint32_t fragment[4];
-            int4x8_to_pairs<T>(words[a][2 * pair + step], fragment);
+        for (int a = 0; a < kTiles; ++a) {
+          const float2 scale = load_pair(scales + a * kStageBytes, args.half_scales);
+          const float2 zero = load_pair(scales + a * kStageBytes + 128, args.half_scales);
+          const float zero_low = zero.x + kInt4Offset<T>, zero_high = zero.y + kInt4Offset<T>;
 #pragma unroll
-            for (int tile = 0; tile < kTokenTiles; ++tile) {
-              mma_m16n8k16<T>(part[step % kChains][a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
-            }
-          }
-          if (s % kSteps == kSteps - 1) {
-            const int group = s / kSteps;
-            const uint32_t scales = stage + chunk * kWeightBytes + unit * kScaleBytes + (group * 16 + lane / 4 * 2) * 2;
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            float(&sum)[4] = sums[a][tile];
 #pragma unroll
-            for (int a = 0; a < kTiles; ++a) {
-              const float2 scale = load_pair(scales + a * tile_bytes, args.half_scales);
-              const float2 zero = load_pair(scales + a * tile_bytes + chunk * kScaleBytes, args.half_scales);
-#pragma unroll
-              for (int tile = 0; tile < kTokenTiles; ++tile) {
-                const float2 x_sum = load_smem_float2(x_sums + (group * kTokenTiles + tile) * 32 + lane % 4 * 8);
-                float p[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  p[i] = part[0][a][tile][i];
-                  if constexpr (kChains == 2) p[i] += part[1][a][tile][i];
-                }
-                float (&sum)[4] = sums[a][tile];
-                const float zero_low = zero.x + kInt4Offset<T>, zero_high = zero.y + kInt4Offset<T>;
-                sum[0] = fmaf(scale.x, fmaf(-zero_low, x_sum.x, p[0]), sum[0]);
-                sum[1] = fmaf(scale.x, fmaf(-zero_low, x_sum.y, p[1]), sum[1]);
-                sum[2] = fmaf(scale.y, fmaf(-zero_high, x_sum.x, p[2]), sum[2]);
-                sum[3] = fmaf(scale.y, fmaf(-zero_high, x_sum.y, p[3]), sum[3]);
-              }
+            for (int i = 0; i < 4; ++i) {
+              float p = part[0][a][tile][i];
+              if constexpr (kChains == 2) p += part[1][a][tile][i];
+              p = fmaf(i < 2 ? -zero_low : -zero_high, x.sum[tile][group][i % 2], p);
+              sum[i] = fmaf(i < 2 ? scale.x : scale.y, p, sum[i]);
             }
           }
         }
@@ -148,35 +191,26 @@ struct Int4Decode {
 };
 
 struct Int8Units {  // what int8 weights are in memory, whatever they are multiplied by
-  static constexpr int kWeightBytes = 2048, kUnitBytes = kWeightBytes;
-  static constexpr bool kNeedsXSums = false;
-  static constexpr int kGroupSteps = 8;
-
-  static __device__ __forceinline__ void copy(const DecodeArgs& args, uint32_t smem, int tile, int unit, int count,
-                                              uint32_t barrier, int lane) {
-    if (lane != 0) return;
-    bulk_copy_stream(smem, args.w + (int64_t(tile) * args.units + unit) * kWeightBytes, count * kWeightBytes, barrier);
-  }
+  static constexpr int kUnitK = 64, kStageBytes = kPieces;
+  using Cursor = PieceCursor;
 };
 
 template <typename T>
 struct Int8Decode : Int8Units {
-  using Accumulator = float;
-  static constexpr int kXBytes = 2;
   using Element = T;
+  using Accumulator = float;
+  static constexpr int kUnitXBytes = 128;
+  template <int kTokenTiles>
+  using Tokens = PlainTokens<kTokenTiles, 4>;
 
   template <int kTiles, int kTokenTiles>
-  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,
-                                                  const TokenTile (&x)[kTokenTiles], int k_bytes, uint32_t, int lane,
-                                                  float (&sums)[kTiles][kTokenTiles][4]) {
+  static __device__ __forceinline__ void multiply(const DecodeArgs&, uint32_t stage, const Tokens<kTokenTiles>& x,
+                                                  int lane, float (&sums)[kTiles][kTokenTiles][4]) {
 #pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      uint32_t b[kTokenTiles][4];
-#pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + block * 64);
+    for (int block = 0; block < 2; ++block) {
 #pragma unroll
       for (int a = 0; a < kTiles; ++a) {
-        const uint4 v = load_smem16(stage + a * tile_bytes + unit * kWeightBytes + block * 512 + lane * 16);
+        const uint4 v = load_smem16(stage + a * kStageBytes + block * 512 + lane * 16);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -185,7 +219,8 @@ struct Int8Decode : Int8Units {
           int8x4_to_interleaved_pairs<T>(words[2 * step + 1], fragment[2], fragment[3]);
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
-            mma_m16n8k16<T>(sums[a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
+            const uint32_t(&b)[2] = x.b[tile][2 * block + step];
+            mma_m16n8k16<T>(sums[a][tile], fragment, b[0], b[1]);
           }
         }
       }
@@ -194,275 +229,307 @@ struct Int8Decode : Int8Units {
 };
 
 struct Int8x8Decode : Int8Units {
-  using Accumulator = int32_t;
-  static constexpr int kXBytes = 1;
   using Element = int8_t;
+  using Accumulator = int32_t;
+  static constexpr int kUnitXBytes = 64;
+  template <int kTokenTiles>
+  using Tokens = PlainTokens<kTokenTiles, 2>;
 
   template <int kTiles, int kTokenTiles>
-  static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, int tile_bytes, int, int unit,
-                                                  const TokenTile (&x)[kTokenTiles], int k_bytes, uint32_t, int lane,
-                                                  int32_t (&sums)[kTiles][kTokenTiles][4]) {
+  static __device__ __forceinline__ void multiply(const DecodeArgs&, uint32_t stage, const Tokens<kTokenTiles>& x,
+                                                  int lane, int32_t (&sums)[kTiles][kTokenTiles][4]) {
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t b[kTokenTiles][4];
+    for (int step = 0; step < 2; ++step) {
 #pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) x[tile].load(b[tile], k_bytes + pair * 64);
+      for (int a = 0; a < kTiles; ++a) {
+        const uint4 v = load_smem16(stage + a * kStageBytes + step * 512 + lane * 16);
+        const uint32_t fragment[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-#pragma unroll
-        for (int a = 0; a < kTiles; ++a) {
-          const uint4 v =
-              load_smem16(stage + a * tile_bytes + unit * kWeightBytes + (2 * pair + step) * 512 + lane * 16);
-          const uint32_t fragment[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int tile = 0; tile < kTokenTiles; ++tile) {
-            mma_m16n8k32_int8(sums[a][tile], fragment, b[tile][2 * step], b[tile][2 * step + 1]);
-          }
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          mma_m16n8k32_int8(sums[a][tile], fragment, x.b[tile][step][0], x.b[tile][step][1]);
         }
       }
     }
   }
 };
 
-// Shared memory of a stage for one row tile.
-template <class Format>
-constexpr int tile_bytes_of(int chunk_units) {
-  return chunk_units * Format::kUnitBytes;
-}
+// Weights that are not packed: rows of 16-bit elements. A dot product may visit k in any order, so a lane takes eight
+// neighbours of rows g and g + 8 with one access each, and the same eight of a token.
+template <typename T>
+struct RowsDecode {
+  using Element = T;
+  using Accumulator = float;
+  static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kPieces;
 
-// ---- kernel -------------------------------------------------------------------------------------------------------------
-
-constexpr int kSlotBuffers = 2, kMaxStages = 16;
-
-template <class Format, int kTiles, int kTokenTiles, int kWarps>
-struct DecodeMatmul {
-  using Accumulator = typename Format::Accumulator;
-  static constexpr int kMultiplyThreads = 32 * kWarps, kMultiplyBarrier = 1;
-  static constexpr int kThreads = kMultiplyThreads + 64;  // and a warp that copies, and one that adds up
-  static constexpr int kGroupsPerUnit = 8 / Format::kGroupSteps;
-  static constexpr int kSlotBytes = kTiles * kTokenTiles * 512;  // one warp's sums of a set
-  static_assert(sizeof(Accumulator) == 4);
-
-  // What a CTA works on: row-tile sets first, first + step, … and units [begin, end) of K.
-  struct Work {
-    int ranks, rank, first, step, sets, begin, end, tile_bytes;
-    __device__ explicit Work(const DecodeArgs& args) {
-      ranks = cluster_size(), rank = cluster_rank();
-      first = blockIdx.x / ranks, step = gridDim.x / ranks;
-      sets = (args.sets - first + step - 1) / step;
-      begin = args.units * rank / ranks, end = args.units * (rank + 1) / ranks;
-      tile_bytes = tile_bytes_of<Format>(args.chunk_units);
+  struct Cursor {
+    const unsigned char* w[2];
+    Cursor() = default;
+    __device__ __forceinline__ Cursor(const DecodeArgs& args, int tile, int unit, int lane) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // rows past the end repeat the last one and are dropped at the end
+        const int row = min(tile * 16 + lane / 4 + 8 * half, args.last_row);
+        w[half] = args.w + row * args.w_stride + unit * kUnitXBytes + lane % 4 * 16;
+      }
+    }
+    __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy16_stream(stage + half * 512 + lane * 16, w[half]);
+        w[half] += step * kUnitXBytes;
+      }
     }
   };
 
-  static __device__ void produce(const DecodeArgs& args, const Work& work, uint32_t ring, uint32_t full, uint32_t empty,
-                                 int lane) {
-    RingPosition at;
-    bool first_round = true;
-    for (int set = 0; set < work.sets; ++set) {
-      const int first_tile = (work.first + set * work.step) * kTiles;
-      for (int unit = work.begin; unit < work.end; unit += args.chunk_units) {
-        const int count = min(args.chunk_units, work.end - unit);
-        if (!first_round) mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        if (lane == 0) mbarrier_arrive_expect(full + at.stage * 8, kTiles * count * Format::kUnitBytes);
-        __syncwarp();
+  template <int kTokenTiles>
+  struct Tokens {
+    uint4 b[kTokenTiles];
+    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
 #pragma unroll
-        for (int a = 0; a < kTiles; ++a) {
-          Format::copy(args, ring + (at.stage * kTiles + a) * work.tile_bytes, min(first_tile + a, args.last_tile),
-                       unit, count, full + at.stage * 8, lane);
-        }
-        at.advance(args.stages);
-        if (at.stage == 0) first_round = false;
+      for (int tile = 0; tile < kTokenTiles; ++tile) b[tile] = load_smem16(x[tile]);
+    }
+  };
+
+  template <int kTiles, int kTokenTiles>
+  static __device__ __forceinline__ void multiply(const DecodeArgs&, uint32_t stage, const Tokens<kTokenTiles>& x,
+                                                  int lane, float (&sums)[kTiles][kTokenTiles][4]) {
+#pragma unroll
+    for (int a = 0; a < kTiles; ++a) {
+      const uint4 low = load_smem16(stage + a * kStageBytes + lane * 16);
+      const uint4 high = load_smem16(stage + a * kStageBytes + 512 + lane * 16);
+      const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        mma_m16n8k16<T>(sums[a][tile], first, x.b[tile].x, x.b[tile].y);
+        mma_m16n8k16<T>(sums[a][tile], second, x.b[tile].z, x.b[tile].w);
       }
     }
   }
+};
+template <class Format>
+constexpr bool kIsRows = false;
+template <typename T>
+constexpr bool kIsRows<RowsDecode<T>> = true;
 
-  // All warps that multiply bring in the rank's slice of x. Through the ring's copy engine it would queue behind weights.
-  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t smem_x) {
-    const int pieces = (work.end - work.begin) * kUnit * Format::kXBytes / 16;
-    const char* gmem = static_cast<const char*>(args.x) + int64_t(work.begin) * kUnit * Format::kXBytes;
+// ---- kernel -------------------------------------------------------------------------------------------------------------
+
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+struct DecodeMatmul {
+  using Accumulator = typename Format::Accumulator;
+  static constexpr int kThreads = 32 * kWarps, kLogWarps = kWarps == 16 ? 4 : 3;
+  static constexpr int kParts = kTiles * kTokenTiles;  // of 512 bytes: a lane's four sums of a row tile and token tile
+  static constexpr int kSlotBytes = kParts * 512;
+  static constexpr int kStageBytes = kTiles * Format::kStageBytes;
+  static constexpr int kRingBytes = kWarps * kDepth * kStageBytes;
+  static_assert(sizeof(Accumulator) == 4);
+
+  // What a warp works on. Entries are groups of kTiles row tiles: the cluster's first one is `cluster`, its next ones
+  // every `clusters`; the warps of one place along K take them in turn.
+  struct Work {
+    int ranks, rank, cluster, clusters, entries;
+    int slice, begin, count;           // first unit of the CTA; first unit of this warp and how many, every k_warps
+    int k_warps, k_warp, row_warps, row_warp, row_shift;
+    __device__ Work(const DecodeArgs& args, int warp) {
+      ranks = 1 << args.rank_shift, rank = blockIdx.x & (ranks - 1);
+      cluster = blockIdx.x >> args.rank_shift, clusters = gridDim.x >> args.rank_shift;
+      entries = args.entries + (cluster < args.longer ? 1 : 0);
+      k_warps = 1 << args.k_shift, k_warp = warp & (k_warps - 1);
+      row_warps = kWarps >> args.k_shift, row_warp = warp >> args.k_shift, row_shift = kLogWarps - args.k_shift;
+      slice = args.units * rank >> args.rank_shift;
+      const int units = (args.units * (rank + 1) >> args.rank_shift) - slice;
+      begin = slice + k_warp;
+      count = (units - k_warp + k_warps - 1) >> args.k_shift;
+    }
+    __device__ __forceinline__ int tile(int entry, int part) const {
+      return (cluster + entry * clusters) * kTiles + part;
+    }
+  };
+
+  // Copies the warp's units one after the other, entry by entry.
+  struct Producer {
+    const DecodeArgs& args;
+    const Work& work;
+    int lane, entry, left;
+    typename Format::Cursor at[kTiles];
+
+    __device__ __forceinline__ Producer(const DecodeArgs& a, const Work& w, int l)
+        : args(a), work(w), lane(l), entry(w.row_warp), left(w.count) {
+      seek();
+    }
+    __device__ __forceinline__ void seek() {
+#pragma unroll
+      for (int a = 0; a < kTiles; ++a) {
+        at[a] = typename Format::Cursor(args, min(work.tile(entry, a), args.last_tile), work.begin, lane);
+      }
+    }
+    // A copy group is committed even when there is no more to copy: the warp counts them.
+    __device__ __forceinline__ void copy_next(uint32_t stage) {
+      if (entry < work.entries) {
+#pragma unroll
+        for (int a = 0; a < kTiles; ++a) at[a].copy(stage + a * Format::kStageBytes, lane, work.k_warps);
+        if (--left == 0) {
+          left = work.count, entry += work.row_warps;
+          seek();
+        }
+      }
+      copy_commit();
+    }
+  };
+
+  // The slice of every token, by the copy engine: the rings' copies must not be waited for together with it.
+  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t barrier) {
+    const int bytes = ((args.units * (work.rank + 1) >> args.rank_shift) - work.slice) * Format::kUnitXBytes;
+    const char* from = static_cast<const char*>(args.x) + work.slice * Format::kUnitXBytes;
+    mbarrier_arrive_expect(barrier, args.m * bytes);
+#pragma unroll 1
     for (int token = 0; token < args.m; ++token) {
-      for (int i = threadIdx.x; i < pieces; i += kMultiplyThreads) {
-        copy16_cached(smem_x + token * args.x_pitch + i * 16, gmem + token * args.x_stride + i * 16, 16);
-      }
-    }
-    copy_commit();
-    copy_wait(0);
-    barrier(kMultiplyBarrier, kMultiplyThreads);
-  }
-
-  // Σ x over each group and token, by mma against ones.
-  static __device__ void sum_x(const TokenTile (&x)[kTokenTiles], uint32_t smem_sums, int groups, int warp, int lane) {
-    if constexpr (Format::kNeedsXSums) {
-      using T = typename Format::Element;
-      const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
-#pragma unroll 2
-      for (int group = warp; group < groups; group += kWarps) {
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile) {
-          float sum[2][4] = {};
-#pragma unroll
-          for (int pair = 0; pair < Format::kGroupSteps / 2; ++pair) {
-            uint32_t b[4];
-            x[tile].load(b, (group * Format::kGroupSteps / 2 + pair) * 64);
-            mma_m16n8k16<T>(sum[0], ones, b[0], b[1]);
-            mma_m16n8k16<T>(sum[1], ones, b[2], b[3]);
-          }
-          if (lane < 4) {
-            const uint32_t to = smem_sums + (group * kTokenTiles + tile) * 32 + lane * 8;
-            store_smem_float(to, sum[0][0] + sum[1][0]);
-            store_smem_float(to + 4, sum[0][1] + sum[1][1]);
-          }
-        }
-      }
-      barrier(kMultiplyBarrier, kMultiplyThreads);
+      bulk_copy(base + args.smem_x + token * args.x_pitch, from + token * args.x_stride, bytes, barrier);
     }
   }
 
   static __device__ __forceinline__ void store_slot(uint32_t slot, int lane,
                                                     const Accumulator (&sums)[kTiles][kTokenTiles][4]) {
 #pragma unroll
-    for (int i = 0; i < kTiles * kTokenTiles; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       const Accumulator* v = sums[i / kTokenTiles][i % kTokenTiles];
       store_smem16(slot + i * 512 + lane * 16, *reinterpret_cast<const uint4*>(v));
     }
   }
 
-  static __device__ __forceinline__ void add(Accumulator (&sum)[4], const uint4& v) {
-    const auto* values = reinterpret_cast<const Accumulator*>(&v);
+  // The sum of `count` times 16 bytes, `step` bytes apart.
+  static __device__ __forceinline__ void add_up(uint32_t from, int step, int count, Accumulator (&sum)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += values[i];
-  }
-
-  static __device__ __forceinline__ void finish(const DecodeArgs& args, int set, int lane,
-                                                const Accumulator (&sums)[kTiles][kTokenTiles][4]) {
+    for (int i = 0; i < 4; ++i) sum[i] = 0;
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+      const uint4 v = load_smem16(from + k * step);
+      const auto* values = reinterpret_cast<const Accumulator*>(&v);
 #pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = 8 * tile + 2 * (lane % 4) + i;
-        if (token >= args.m) continue;
-#pragma unroll
-        for (int a = 0; a < kTiles; ++a) {
-          const int row_tile = set * kTiles + a;
-          if (row_tile > args.last_tile) continue;
-          args.epilogue.store_pair(token, row_tile * 16 + lane / 4, sums[a][tile][i], sums[a][tile][i + 2]);
-        }
-      }
+      for (int i = 0; i < 4; ++i) sum[i] += values[i];
     }
   }
 
-  static __device__ void multiply(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t ring, uint32_t full,
-                                  uint32_t empty, uint32_t slots, int warp, int lane) {
-    load_x(args, work, base);
-    TokenTile x[kTokenTiles];
+  // Part `part` of an entry to y.
+  static __device__ __forceinline__ void finish(const DecodeArgs& args, const Work& work, int entry, int part, int lane,
+                                                const Accumulator (&sum)[4]) {
+    const int tile = work.tile(entry, part / kTokenTiles);
+    if (tile > args.last_tile) return;
 #pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {  // absent tokens repeat the last one and are not stored
-      x[tile].address = base + min(8 * tile + lane % 8, args.m - 1) * args.x_pitch + lane / 8 * 16;
-    }
-    const uint32_t x_sums = base + args.smem_sums;
-    sum_x(x, x_sums, (work.end - work.begin) * kGroupsPerUnit, warp, lane);
-
-    RingPosition at;
-    for (int set = 0; set < work.sets; ++set) {
-      Accumulator sums[kTiles][kTokenTiles][4] = {};
-      for (int unit = work.begin; unit < work.end; unit += args.chunk_units) {
-        const int count = min(args.chunk_units, work.end - unit);
-        const uint32_t stage = ring + at.stage * kTiles * work.tile_bytes;
-        mbarrier_wait(full + at.stage * 8, at.parity);
-        for (int u = count * warp / kWarps; u < count * (warp + 1) / kWarps; ++u) {
-          const int local = unit + u - work.begin, k_bytes = local * kUnit * Format::kXBytes;
-          const uint32_t sums_of_x = x_sums + local * kGroupsPerUnit * kTokenTiles * 32;
-          Format::template multiply<kTiles, kTokenTiles>(args, stage, work.tile_bytes, args.chunk_units, u, x, k_bytes,
-                                                         sums_of_x, lane, sums);
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(empty + at.stage * 8);
-        at.advance(args.stages);
-      }
-      const int buffer = set % kSlotBuffers;
-      const uint32_t done = slots + buffer * 16;
-      if (set >= kSlotBuffers) mbarrier_wait(done + 8, (set / kSlotBuffers - 1) & 1);
-      store_slot(base + args.smem_slots + (buffer * kWarps + warp) * kSlotBytes, lane, sums);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(done);
+    for (int i = 0; i < 2; ++i) {
+      const int token = 8 * (part % kTokenTiles) + 2 * (lane % 4) + i;
+      if (token < args.m) args.epilogue.store_pair(token, tile * 16 + lane / 4, sum[i], sum[i + 2]);
     }
   }
 
-  static __device__ void add_up(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t slots, int lane) {
-    for (int set = 0; set < work.sets; ++set) {
-      const int buffer = set % kSlotBuffers;
-      const uint32_t done = slots + buffer * 16, slot = base + args.smem_slots + buffer * kWarps * kSlotBytes;
-      mbarrier_wait(done, set / kSlotBuffers & 1);
-      Accumulator sums[kTiles][kTokenTiles][4] = {};
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-#pragma unroll
-        for (int i = 0; i < kTiles * kTokenTiles; ++i) {
-          add(sums[i / kTokenTiles][i % kTokenTiles], load_smem16(slot + w * kSlotBytes + i * 512 + lane * 16));
-        }
-      }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(done + 8);
+  // Adds up what the warps have left of a set, a part a warp, and stores it or sends it to the rank that owns it.
+  static __device__ __forceinline__ void finish_set(const DecodeArgs& args, const Work& work, uint32_t base, int set,
+                                                    int warp, int lane) {
+    const int size = work.row_warps << args.set_shift, first = set * size;
+    const int jobs = min(size, work.entries - first) * kParts;
+    const uint32_t buffer = base + args.smem_slots + ((set & 1) << args.set_shift) * kWarps * kSlotBytes;
+    for (int job = (warp + set * size * kParts) % kWarps; job < jobs; job += kWarps) {
+      const int local = job / kParts, part = job % kParts, entry = first + local;
+      const int place = (local >> work.row_shift) * kWarps + ((local & (work.row_warps - 1)) << args.k_shift);
+      Accumulator sum[4];
+      add_up(buffer + place * kSlotBytes + part * 512 + lane * 16, kSlotBytes, work.k_warps, sum);
       if (work.ranks == 1) {
-        finish(args, work.first + set * work.step, lane, sums);
+        finish(args, work, entry, part, lane, sum);
       } else {
-        store_slot(base + args.smem_kept + set * kSlotBytes, lane, sums);
+        const int index = entry * kParts + part, owner = index & (work.ranks - 1);
+        const int kept = (index >> args.rank_shift << args.rank_shift) + work.rank;
+        store_cluster16(map_to_rank(base + args.smem_kept + kept * 512 + lane * 16, owner),
+                        *reinterpret_cast<const uint4*>(sum));
       }
     }
   }
 
   static __device__ void run(const DecodeArgs& args) {
-    extern __shared__ __align__(128) unsigned char smem[];
-    const uint32_t base = smem_address(smem), ring = base + args.smem_ring;
-    const uint32_t slots = base + args.smem_barriers;  // done, free a buffer of slots
-    const uint32_t full = slots + 2 * kSlotBuffers * 8, empty = full + kMaxStages * 8;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Work work(args);
+    extern __shared__ __align__(16) unsigned char smem[];
+    const uint32_t base = smem_address(smem), barrier = base;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const Work work(args, warp);
+    const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
     if (threadIdx.x == 0) {
-      for (int s = 0; s < args.stages; ++s) {
-        mbarrier_init(full + s * 8, 1);
-        mbarrier_init(empty + s * 8, kWarps);
-      }
-      for (int b = 0; b < kSlotBuffers; ++b) {
-        mbarrier_init(slots + b * 16, kWarps);
-        mbarrier_init(slots + b * 16 + 8, 1);
-      }
+      mbarrier_init(barrier, 1);
       mbarrier_init_fence();
     }
+    if (work.ranks > 1) cluster_arrive_relaxed();
     __syncthreads();
-    let_next_kernel_start();
-    if (warp == kWarps) {
-      produce(args, work, ring, full, empty, lane);
-    } else {
-      wait_for_previous_kernel();
-      warp < kWarps ? multiply(args, work, base, ring, full, empty, slots, warp, lane)
-                    : add_up(args, work, base, slots, lane);
+
+    Producer producer(args, work, lane);
+    const bool copies_x = threadIdx.x == 0;
+    if (!args.dependent && copies_x) load_x(args, work, base, barrier);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) producer.copy_next(ring + i * kStageBytes);
+    wait_for_previous_kernel();
+    if (args.dependent && copies_x) load_x(args, work, base, barrier);
+
+    uint32_t x[kTokenTiles];  // absent tokens repeat the last one and are not stored
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      const int row = kIsRows<Format> ? lane / 4 : lane % 8, column = kIsRows<Format> ? lane % 4 : lane / 8;
+      x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16 +
+                (work.begin - work.slice) * Format::kUnitXBytes;
+    }
+    mbarrier_wait(barrier, 0);
+    let_next_kernel_start();  // its copies would have held up those of x
+    if (work.ranks > 1) cluster_wait();
+
+    uint32_t stage = ring;
+    typename Format::template Tokens<kTokenTiles> held[kHeld > 0 ? kHeld : 1];  // the same for every row tile
+    const auto load_tokens = [&](auto& tokens, int unit) {
+      uint32_t from[kTokenTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + (unit << args.k_shift) * Format::kUnitXBytes;
+      tokens.load(from);
+    };
+#pragma unroll
+    for (int unit = 0; unit < kHeld; ++unit) load_tokens(held[unit], min(unit, work.count - 1));
+
+    int entry = work.row_warp;
+    const int size = work.row_warps << args.set_shift;
+    for (int set = 0; set * size < work.entries; ++set) {
+      uint32_t slot = base + args.smem_slots + (((set & 1) << args.set_shift) * kWarps + warp) * kSlotBytes;
+      for (const int end = min((set + 1) * size, work.entries); entry < end; entry += work.row_warps) {
+        Accumulator sums[kTiles][kTokenTiles][4] = {};
+        const auto step = [&](const auto& tokens) {
+          copy_wait_for<kDepth - 1>();
+          Format::template multiply<kTiles, kTokenTiles>(args, stage, tokens, lane, sums);
+          producer.copy_next(stage);
+          stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
+        };
+        if constexpr (kHeld > 0) {
+#pragma unroll
+          for (int unit = 0; unit < kHeld; ++unit) {
+            if (unit < work.count) step(held[unit]);
+          }
+        } else {
+          for (int unit = 0; unit < work.count; ++unit) {
+            load_tokens(held[0], unit);
+            step(held[0]);
+          }
+        }
+        store_slot(slot, lane, sums);
+        slot += kWarps * kSlotBytes;
+      }
+      __syncthreads();
+      finish_set(args, work, base, set, warp, lane);
     }
     if (work.ranks == 1) return;
 
-    __syncwarp();
-    cluster_sync();
-    for (int set = work.rank + work.ranks * warp; set < work.sets; set += work.ranks * (kThreads / 32)) {
-      Accumulator sums[kTiles][kTokenTiles][4] = {};
-      for (int r = 0; r < work.ranks; ++r) {
-        const uint32_t kept = map_to_rank(base + args.smem_kept + set * kSlotBytes, r) + lane * 16;
-#pragma unroll
-        for (int i = 0; i < kTiles * kTokenTiles; ++i) {
-          add(sums[i / kTokenTiles][i % kTokenTiles], load_cluster16(kept + i * 512));
-        }
-      }
-      finish(args, work.first + set * work.step, lane, sums);
+    cluster_sync();  // all sums are where they belong
+    const int parts = work.entries * kParts;
+    for (int index = (warp << args.rank_shift) + work.rank; index < parts; index += kWarps << args.rank_shift) {
+      Accumulator sum[4];
+      add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
+      finish(args, work, index / kParts, index % kParts, lane, sum);
     }
-    cluster_sync();  // nobody leaves while its sums are being read
   }
 };
 
-template <class Format, int kTiles, int kTokenTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps + 64, kTokenTiles == 1 ? 2 : 1)
-    decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
-  DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>::run(args);
+  DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>::run(args);
 #else
   __trap();  // rather than leave y as it was
 #endif
@@ -471,40 +538,46 @@ __global__ void __launch_bounds__(32 * kWarps + 64, kTokenTiles == 1 ? 2 : 1)
 // ---- launch -------------------------------------------------------------------------------------------------------------
 
 struct DecodePlan {
-  int ranks = 1;           // CTAs of a cluster, which split K
-  int smem_bytes = 0;      // at most this much a CTA
-  int warp_units = 4;      // units of a chunk for each warp
+  int ranks = 1;           // CTAs of a cluster, which split K: 1, 2, 4 or 8
+  int resident = 2;        // CTAs a multiprocessor, at most
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-template <class Format, int kTiles, int kTokenTiles, int kWarps>
-bool launch_decode(const char* op, DecodeArgs args, int row_tiles, const DecodePlan& plan,
-                   const LaunchContext& context) {
-  using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kWarps>;
-  args.sets = (row_tiles + kTiles - 1) / kTiles;
-  args.last_tile = row_tiles - 1;
+// False where K has too few units for so many ranks, or x and the sums do not fit the shared memory.
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, const LaunchContext& context) {
+  using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>;
+  const int slice = args.units / plan.ranks, groups = (args.last_tile + kTiles) / kTiles;
+  if (slice == 0) return false;
+  args.dependent = plan.dependent;
+  args.rank_shift = __builtin_ctz(plan.ranks), args.k_shift = __builtin_ctz(kWarps);
+  while (1 << args.k_shift > slice) --args.k_shift;
+  const int most = (args.units + plan.ranks - 1) / plan.ranks;  // units of a rank
+  if (kHeld > 0 && (most + (1 << args.k_shift) - 1) >> args.k_shift > kHeld) return false;
 
-  const int slice = (args.units + plan.ranks - 1) / plan.ranks;
-  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kWarps>;
-  const int clusters =
-      std::min(args.sets, resident_clusters(kernel, Kernel::kThreads, plan.ranks, plan.smem_bytes, context));
-  const int kept_sets = plan.ranks == 1 ? 0 : (args.sets + clusters - 1) / clusters;
+  const int longest = most * Format::kUnitXBytes;
+  args.x_pitch = (longest + 127) / 128 * 128 + (kIsRows<Format> ? 64 : 16);  // token after token in other banks
+  args.smem_x = 128 + Kernel::kRingBytes;
+  args.smem_slots = (args.smem_x + args.m * args.x_pitch + 127) / 128 * 128;
 
-  args.x_pitch = slice * kUnit * Format::kXBytes + 16;
-  args.smem_sums = args.m * args.x_pitch;
-  args.smem_slots = args.smem_sums + (Format::kNeedsXSums ? slice * (8 / Format::kGroupSteps) * kTokenTiles * 32 : 0);
-  args.smem_kept = args.smem_slots + kSlotBuffers * kWarps * Kernel::kSlotBytes;
-  args.smem_barriers = args.smem_kept + kept_sets * Kernel::kSlotBytes;
-  args.smem_ring = (args.smem_barriers + (2 * kSlotBuffers + 2 * kMaxStages) * 8 + 127) / 128 * 128;
-  const int ring = plan.smem_bytes - args.smem_ring;
-  const auto stages_of = [&](int chunk) { return std::max(0, ring) / (kTiles * tile_bytes_of<Format>(chunk)); };
-  int chunk = plan.warp_units * kWarps;  // a multiple of the warps' number, so that each has the same share
-  while (chunk > kWarps && stages_of(chunk) < 3) chunk -= kWarps;
-  args.chunk_units = std::min(chunk, slice);
-  args.stages = std::min(stages_of(args.chunk_units), kMaxStages);
-  if (args.stages < 2) return false;
-  const int stage_bytes = kTiles * tile_bytes_of<Format>(args.chunk_units);
-  const int smem_bytes = args.smem_ring + args.stages * stage_bytes;
+  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>;
+  const int limit = std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
+  if (args.smem_slots > limit) return false;
+  const int clusters = std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+  args.entries = groups / clusters, args.longer = groups % clusters;
+
+  const int entries = args.entries + (args.longer > 0 ? 1 : 0), row_warps = kWarps >> args.k_shift;
+  const int kept = plan.ranks == 1 ? 0 : (entries * Kernel::kParts + plan.ranks - 1) / plan.ranks * plan.ranks * 512;
+  // Two buffers of slots, one where there is one set only; sets of up to two entries a warp.
+  int smem_bytes = 0;
+  for (args.set_shift = 1; args.set_shift >= 0; --args.set_shift) {
+    const int size = row_warps << args.set_shift;
+    if (args.set_shift > 0 && size >= 2 * entries) continue;
+    args.smem_kept = args.smem_slots + (entries > size ? 2 : 1) * (kWarps << args.set_shift) * Kernel::kSlotBytes;
+    smem_bytes = args.smem_kept + kept;
+    if (smem_bytes <= limit) break;
+  }
+  if (args.set_shift < 0) return false;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
   launch_clusters(op, kernel, clusters * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent, args,

@@ -2,21 +2,30 @@
 // Source    –
 // Layout    plain rows, LAYOUTS.md#gate-up where gated
 // Requires  sm80+
-// Mapping   torch's linear (cuBLAS), then apply_epilogue where there is something for it
+// Mapping   up to 16 rows of 16-bit elements on 9.0: decode_matmul.cuh; else torch's linear (cuBLAS), then apply_epilogue where
+//           there is something for it
 // Bound     memory below M ≈ 300: 2·N·K bytes
 // Numerics  the result of torch's linear is of the dtype of x; what follows is fp32, cast once
 // Verified  tests/test_linear.py
 
 #include "common/torch_linear.h"
 #include "cuda/apply_epilogue.cuh"
+#include "cuda/tile_matmul.cuh"
 
 namespace fastinfer {
 
-// The place of a kernel for few rows on compute capability 9.0: writes y as `epilogue` says and returns true, or returns
-// false and leaves the matmul to torch. x is [..., K] with any strides, w [N, K] contiguous; M, N and K are not 0.
-static bool try_decode_linear(const char*, const Tensor& /*x*/, const Tensor& /*w*/, const Epilogue&,
-                              const MatmulShape&, const LaunchContext&) {
-  return false;
+// Few rows on compute capability 9.0: writes y as `epilogue` says and returns true, or leaves the matmul to torch.
+static bool try_decode_linear(const char* op, const Tensor& x, const Tensor& w, const Epilogue& epilogue,
+                              const MatmulShape& shape, const LaunchContext& context) {
+  if (shape.m > kDecodeTokens || shape.k % 32 != 0 || x.scalar_type() == ScalarType::Float) return false;
+  if (!w.is_contiguous() || !is_aligned16(w)) return false;
+  const Tensor rows_x = aligned_rows(as_matrix(x, shape), 1);
+  TileProblem p{op, rows_x, w.const_data_ptr()};
+  p.epilogue = epilogue;
+  p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
+  const bool dependent = take_dependent_launch();
+  return x.scalar_type() == ScalarType::Half ? run_decode<RowsDecode<__half>>(p, dependent, context)
+                                             : run_decode<RowsDecode<__nv_bfloat16>>(p, dependent, context);
 }
 
 Tensor linear_cuda(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,

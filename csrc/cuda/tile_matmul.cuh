@@ -5,6 +5,7 @@
 
 #include "cuda/decode_matmul.cuh"
 #include "cuda/dependent_launch.cuh"
+#include "cuda/tile_plan.cuh"
 #include "cuda/wgmma_matmul.cuh"
 
 namespace fastinfer {
@@ -30,11 +31,29 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
                   "\" needs N in multiples of 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
 }
 
+constexpr int kDecodeTokens = 16;
+
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
-template <class Format, int kTiles, int kTokenTiles>
+// A shape of decode_matmul.
+struct DecodeShape {
+  int tiles, depth, warps, held;
+};
+constexpr std::array<DecodeShape, 12> kDecodeShapes{{{1, 4, 8, 0}, {1, 8, 8, 0}, {2, 2, 8, 0}, {2, 4, 8, 0}, {1, 4, 16, 0}, {2, 2, 16, 0}, {2, 4, 16, 0}, {1, 4, 8, 1}, {1, 4, 8, 2}, {1, 4, 16, 1}, {1, 4, 16, 2}, {4, 2, 8, 0}}};
+
+template <class Format, int kShape>
 bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan, const LaunchContext& context) {
-  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, plan, context);
+  constexpr DecodeShape s = kDecodeShapes[kShape];
+  return p.m <= 8 ? launch_decode<Format, s.tiles, 1, s.depth, s.warps, s.held>(p.op, args, plan, context)
+                  : launch_decode<Format, s.tiles, 2, s.depth, s.warps, s.held>(p.op, args, plan, context);
+}
+
+template <class Format, int... kShapes>
+bool try_shape(int shape, const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan,
+               const LaunchContext& context, std::integer_sequence<int, kShapes...>) {
+  bool done = false;
+  (void)((shape == kShapes && (done = try_decode<Format, kShapes>(p, args, plan, context), true)) || ...);
+  return done;
 }
 
 // False where x or the sums that ranks exchange do not fit the shared memory.
@@ -42,29 +61,27 @@ template <class Format>
 bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& context) {
   DecodeArgs args;
   args.x = p.x.const_data_ptr();
-  args.x_stride = int64_t(p.k) * Format::kXBytes;
+  args.x_stride = int64_t(p.k) * static_cast<int64_t>(sizeof(typename Format::Element));
   args.w = static_cast<const unsigned char*>(p.w);
-  args.w_scale = p.w_scale, args.w_zero = p.w_zero;
+  args.w_stride = args.x_stride;  // of rows
+  args.w_scale = static_cast<const unsigned char*>(p.w_scale);
+  args.w_zero = static_cast<const unsigned char*>(p.w_zero);
   args.half_scales = p.scale_type == Element::kHalf;
   args.epilogue = p.epilogue;
-  args.m = p.m, args.units = p.k / 128, args.groups = p.groups;
-  // Measured on an H200 (benchmarks/NOTES.md). Pairs of row tiles share each fragment of x where there are enough of them;
-  // half of the shared memory leaves room for the next kernel's blocks; ranks share an x that is too large for one.
-  const int limit = context.limits().smem_per_block, half = context.limits().smem_per_multiprocessor / 2 - 1024;
-  const bool wide = p.n >= 64 * context.limits().multiprocessors;
-  int ranks = 1;
-  while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
-  DecodePlan plan{ranks, 0, wide ? 4 : 2, dependent};
-  for (; plan.ranks <= 8; plan.ranks *= 2) {
-    for (const int smem : {half, limit}) {
-      if (wide && smem == half) continue;
-      plan.smem_bytes = smem;
-      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, plan, context)
-                                         : try_decode<Format, 1, 1>(p, args, plan, context))
-                                 : (wide ? try_decode<Format, 2, 2>(p, args, plan, context)
-                                         : try_decode<Format, 1, 2>(p, args, plan, context));
-      if (done) return true;
-    }
+  args.m = p.m, args.units = p.k / Format::kUnitK;
+  args.last_row = p.n - 1, args.last_tile = (p.n + 15) / 16 - 1;
+  const TilePlan& forced = forced_tile_plan();
+  const auto run = [&](const DecodePlan& plan, int shape) {
+    return try_shape<Format>(shape, p, args, plan, context,
+                             std::make_integer_sequence<int, static_cast<int>(kDecodeShapes.size())>());
+  };
+  if (forced.kernel == TileKernel::kDecode) {
+    FASTINFER_CHECK(p.op, run({forced.ranks, forced.resident, dependent}, forced.shape), "plan does not fit");
+    return true;
+  }
+  for (int ranks = 1; ranks <= 8; ranks *= 2) {
+    if (run({ranks, 2, dependent}, 0)) return true;
+    if (run({ranks, 1, dependent}, 0)) return true;
   }
   return false;
 }
@@ -108,6 +125,9 @@ void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& contex
       if (ns < best) best = ns, shape = s, ranks = r;
     }
   }
+  if (const TilePlan& forced = forced_tile_plan(); forced.kernel == TileKernel::kWgmma) {
+    ranks = forced.ranks, shape = forced.shape;
+  }
   const WgmmaPlan plan{ranks, dependent};
   switch (shape) {
     case 0:
@@ -124,12 +144,10 @@ void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& contex
   }
 }
 
-constexpr int kDecodeTokens = 16;
-
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   const bool dependent = take_dependent_launch();
-  if (p.m <= kDecodeTokens && run_decode<Decode>(p, dependent, context)) return;
+  if (p.m <= kDecodeTokens && forced_tile_plan().kernel != TileKernel::kWgmma && run_decode<Decode>(p, dependent, context)) return;
   run_wgmma<Wgmma, Y>(p, dependent, context);
 }
 

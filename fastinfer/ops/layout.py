@@ -44,8 +44,7 @@ def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.
     if device.type == "cpu":
         return PANEL16 if row_bytes % 4 == 0 else ROW
     fits = n % TILE_ROWS == 0 and k % TILE_COLUMNS == 0 and n > 0 and k > 0
-    # fp32 x has kernels for the row layout alone; tile_w8a8 is not chosen before its tests have passed on a GPU again.
-    row = dtype == torch.float32 or kind == "w8a8"
+    row = dtype == torch.float32 and kind != "w8a8"  # float weights have kernels for fp32 x in the row layout alone
     if device.type != "cuda" or not fits or row:
         return ROW
     index = torch.cuda.current_device() if device.index is None else device.index
