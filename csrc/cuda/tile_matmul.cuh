@@ -1,10 +1,12 @@
-// Which kernel multiplies by weights in a tile layout, and how it is split: decode_matmul for few tokens, wgmma_matmul above.
+// Which kernel multiplies by weights in a tile layout, and how it is split: as a plan says (tile_plan.cuh), else by the
+// heuristics here, decode_matmul for few tokens and wgmma_matmul above.
 #pragma once
 
 #include <array>
 
 #include "cuda/decode_matmul.cuh"
 #include "cuda/dependent_launch.cuh"
+#include "cuda/tile_plan.cuh"
 #include "cuda/wgmma_matmul.cuh"
 
 namespace fastinfer {
@@ -12,6 +14,7 @@ namespace fastinfer {
 // What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128, N of 16.
 struct TileProblem {
   const char* op;
+  TileKind kind;
   const Tensor& x;
   const void* w;
   const void* w_scale = nullptr;  // int4 alone: int8's are in the epilogue
@@ -32,14 +35,36 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
 
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
-template <class Format, int kTiles, int kTokenTiles>
-bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan, const LaunchContext& context) {
-  return launch_decode<Format, kTiles, kTokenTiles, 8>(p.op, args, p.n / 16, plan, context);
+// Row tiles that a warp takes at a time, and how much of a multiprocessor's shared memory: half leaves room for the next
+// kernel's blocks.
+struct DecodeShape {
+  int row_tiles;
+  bool whole_smem;
+};
+constexpr std::array<DecodeShape, 4> kDecodeShapes{{{1, false}, {1, true}, {2, false}, {2, true}}};
+constexpr int kDecodeMaxRanks = 8, kDecodeTokens = 16;
+
+template <class Format>
+bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, int shape, bool dependent,
+                const LaunchContext& context) {
+  const auto [row_tiles, whole_smem] = kDecodeShapes[shape];
+  const DeviceLimits& limits = context.limits();
+  const int smem = whole_smem ? limits.smem_per_block : limits.smem_per_multiprocessor / 2 - 1024;
+  const DecodePlan plan{ranks, smem, 2 * row_tiles, dependent};
+  const int tiles = p.n / 16;
+  if (p.m <= 8) {
+    return row_tiles == 2 ? launch_decode<Format, 2, 1, 8>(p.op, args, tiles, plan, context)
+                          : launch_decode<Format, 1, 1, 8>(p.op, args, tiles, plan, context);
+  }
+  return row_tiles == 2 ? launch_decode<Format, 2, 2, 8>(p.op, args, tiles, plan, context)
+                        : launch_decode<Format, 1, 2, 8>(p.op, args, tiles, plan, context);
 }
 
-// False where x or the sums that ranks exchange do not fit the shared memory.
+// As planned, or by the heuristics. False where the plan asks too much, or x or the sums that ranks exchange do not fit the
+// shared memory.
 template <class Format>
-bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& context) {
+bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, const LaunchContext& context) {
+  if (p.m > kDecodeTokens) return false;
   DecodeArgs args;
   args.x = p.x.const_data_ptr();
   args.x_stride = int64_t(p.k) * Format::kXBytes;
@@ -48,22 +73,17 @@ bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& conte
   args.half_scales = p.scale_type == Element::kHalf;
   args.epilogue = p.epilogue;
   args.m = p.m, args.units = p.k / 128, args.groups = p.groups;
+  if (plan.kernel == TileKernel::kDecode) {
+    return plan.ranks <= args.units && try_decode<Format>(p, args, plan.ranks, plan.shape, dependent, context);
+  }
   // Measured on an H200 (benchmarks/NOTES.md). Pairs of row tiles share each fragment of x where there are enough of them;
-  // half of the shared memory leaves room for the next kernel's blocks; ranks share an x that is too large for one.
-  const int limit = context.limits().smem_per_block, half = context.limits().smem_per_multiprocessor / 2 - 1024;
+  // ranks share an x that is too large for one.
   const bool wide = p.n >= 64 * context.limits().multiprocessors;
   int ranks = 1;
-  while (ranks < 8 && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
-  DecodePlan plan{ranks, 0, wide ? 4 : 2, dependent};
-  for (; plan.ranks <= 8; plan.ranks *= 2) {
-    for (const int smem : {half, limit}) {
-      if (wide && smem == half) continue;
-      plan.smem_bytes = smem;
-      const bool done = p.m <= 8 ? (wide ? try_decode<Format, 2, 1>(p, args, plan, context)
-                                         : try_decode<Format, 1, 1>(p, args, plan, context))
-                                 : (wide ? try_decode<Format, 2, 2>(p, args, plan, context)
-                                         : try_decode<Format, 1, 2>(p, args, plan, context));
-      if (done) return true;
+  while (ranks < kDecodeMaxRanks && p.m * p.k * Format::kXBytes / ranks > 120 * 1024) ranks *= 2;
+  for (; ranks <= kDecodeMaxRanks; ranks *= 2) {
+    for (int shape = wide ? 3 : 0; shape < (wide ? 4 : 2); ++shape) {
+      if (try_decode<Format>(p, args, ranks, shape, dependent, context)) return true;
     }
   }
   return false;
@@ -77,6 +97,12 @@ struct WgmmaShape {
 };
 constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
     {{32, 4, 980}, {64, 4, 1100}, {64, 2, 680}, {128, 2, 830}, {256, 2, 1430}}};
+constexpr int kWgmmaMaxRanks = 4;
+
+// Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
+inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
+  return ranks == 1 || (ranks <= k / 256 && shape.tokens < 256);
+}
 
 // Clusters of `ranks` blocks that run at once, one block a multiprocessor.
 template <class Format, typename Y>
@@ -86,51 +112,67 @@ int wgmma_clusters(int ranks, const LaunchContext& context) {
                            Kernel::smem_bytes(3, ranks), context);
 }
 
+// The split and shape that the times of kWgmmaShapes promise most of.
 template <class Format, typename Y>
-void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& context) {
-  WgmmaArgs args;
-  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
-  args.epilogue = p.epilogue;
-  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
-
-  int shape = 0, ranks = 1;
+TilePlan choose_wgmma(const TileProblem& p, const LaunchContext& context) {
+  TilePlan plan{TileKernel::kWgmma};
   int64_t best = INT64_MAX;
-  for (int r = 1; r <= 4; ++r) {
-    if (r > 1 && r > p.k / 256) break;
+  for (int r = 1; r <= kWgmmaMaxRanks; ++r) {
     const int clusters = wgmma_clusters<Format, Y>(r, context);
     for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
       const WgmmaShape& candidate = kWgmmaShapes[s];
-      if (candidate.tokens == 256 && r > 1) continue;  // too many sums to exchange
+      if (!can_split(candidate, r, p.k)) continue;
       const int64_t rows = 64 * candidate.consumers;
       const int64_t tiles = (p.n + rows - 1) / rows * ((p.m + candidate.tokens - 1) / candidate.tokens);
       const int64_t rounds = (tiles + clusters - 1) / clusters, units = (p.k / 128 + r - 1) / r;
       const int64_t ns = rounds * (units * candidate.unit_ns + 1500 + (r > 1 ? 1000 + 8 * candidate.tokens : 0));
-      if (ns < best) best = ns, shape = s, ranks = r;
+      if (ns < best) best = ns, plan.ranks = r, plan.shape = s;
     }
   }
-  const WgmmaPlan plan{ranks, dependent};
-  switch (shape) {
-    case 0:
-      return launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
-    case 1:
-      return launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
-    case 2:
-      return launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
-    case 3:
-      return launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
-    default:  // with many tiles the L2 is the bound, and neighbours that share x spare it
-      return p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
-                           : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
-  }
+  return plan;
 }
 
-constexpr int kDecodeTokens = 16;
+// As planned, or by the heuristics. False where the plan asks too much.
+template <class Format, typename Y>
+bool run_wgmma(const TileProblem& p, const TilePlan& asked, bool dependent, const LaunchContext& context) {
+  const TilePlan chosen = asked.kernel == TileKernel::kWgmma ? asked : choose_wgmma<Format, Y>(p, context);
+  if (!can_split(kWgmmaShapes[chosen.shape], chosen.ranks, p.k)) return false;
+  WgmmaArgs args;
+  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
+  args.epilogue = p.epilogue;
+  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
+  const WgmmaPlan plan{chosen.ranks, dependent};
+  switch (chosen.shape) {
+    case 0:
+      launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
+    case 1:
+      launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
+    case 2:
+      launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
+    case 3:
+      launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
+    default:  // with many tiles the L2 is the bound, and neighbours that share x spare it
+      p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
+                    : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
+  }
+  return true;
+}
 
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   const bool dependent = take_dependent_launch();
-  if (p.m <= kDecodeTokens && run_decode<Decode>(p, dependent, context)) return;
-  run_wgmma<Wgmma, Y>(p, dependent, context);
+  const int group = p.kind == TileKind::kW4A16 ? p.k / p.groups : 0;
+  const TilePlan plan = find_tile_plan(p.kind, group, p.m, p.n, p.k, context.limits());
+  if (plan.kernel == TileKernel::kDecode && run_decode<Decode>(p, plan, dependent, context)) return;
+  if (plan.kernel == TileKernel::kWgmma && run_wgmma<Wgmma, Y>(p, plan, dependent, context)) return;
+  FASTINFER_CHECK(p.op, !plan.forced, "the forced plan (kernel ", static_cast<int>(plan.kernel), ", ", plan.ranks,
+                  " ranks, shape ", plan.shape, ") cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+  if (run_decode<Decode>(p, {}, dependent, context)) return;
+  run_wgmma<Wgmma, Y>(p, {}, dependent, context);
 }
 
 }  // namespace fastinfer
