@@ -1,0 +1,508 @@
+"""Plans of the tile matmuls: their files, the table that the CUDA library looks them up in, and the tuner."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import warnings
+
+import architectures
+import pytest
+import test_int4_matmul as int4_cases
+import test_int8_matmul as int8_cases
+import tolerance
+import torch
+from matmul_cases import check_float_matmul
+
+from fastinfer import _native, cli, ops
+from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A8, TILE_W8A16, convert
+from fastinfer.timing import copies
+from fastinfer.tuning import plans, tuner, weights
+from fastinfer.tuning.plans import Device, Kernel, Plan, PlanFileError, Plans, PlanWarning, Row, Weight
+
+H100 = Device("NVIDIA H100 80GB HBM3", 90, 132)
+W4, W8 = Weight("w4a16", 128, 4096, 4096), Weight("w8a16", 0, 4096, 4096)
+DECODE, WGMMA = Plan("decode", 2, "16-half"), Plan("wgmma", 1, "64x256")
+KERNELS = {"decode": Kernel(1, 8, ("16-half", "16-whole")), "wgmma": Kernel(2, 4, ("32x256", "64x256"))}
+
+
+# --- files
+
+
+def test_a_file_reads_back_as_it_was_written(tmp_path):
+    path = tmp_path / "new" / "plans.json"
+    rows = [Row(W8, 16, WGMMA, {"us": 5.25}), Row(W4, 64, Plan()), Row(W4, 8, DECODE, {"us": 3.5, "chained_us": 3.0})]
+    plans.write(path, Plans(H100, rows))
+    assert plans.read(path) == Plans(H100, [rows[2], rows[1], rows[0]])
+    assert len(path.read_text().splitlines()) == 11  # a row a line
+    plans.write(path, Plans(H100, []))
+    assert plans.read(path) == Plans(H100, [])
+    assert [p.name for p in path.parent.iterdir()] == ["plans.json"]
+
+
+def good() -> dict:
+    row = {"kind": "w4a16", "group": 128, "n": 4096, "k": 4096, "m": 8, "kernel": "decode", "ranks": 2, "shape": "a"}
+    head = {"device": "a GPU", "capability": "9.0", "multiprocessors": 132, "fastinfer": "0.1.0"}
+    return {**head, "rows": [row]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": 1}, "device must be a string"),
+        ({"capability": 9.0}, "capability must be a string"),
+        ({"capability": "9"}, 'capability must be a string such as "9.0"'),
+        ({"multiprocessors": True}, "multiprocessors must be a whole number"),
+        ({"multiprocessors": 0}, "multiprocessors must be a whole number, 1 or more, got 0"),
+        ({"rows": {}}, "rows must be a list"),
+        ({"rows": [7]}, "rows[0] must be an object"),
+    ],
+)
+def test_a_wrong_head_is_named(tmp_path, change, message):
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(good() | change))
+    with pytest.raises(PlanFileError) as error:
+        plans.read(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "int4"}, "kind must be one of"),
+        ({"group": 0}, "group must be one of (32, 64, 128) beside kind 'w4a16', got 0"),
+        ({"kind": "w8a16"}, "group must be one of (0,) beside kind 'w8a16', got 128"),
+        ({"n": "4096"}, "n must be a whole number"),
+        ({"k": 0}, "k must be a whole number"),
+        ({"m": 1.5}, "m must be a whole number"),
+        ({"kernel": None}, "kernel must be a string"),
+        ({"ranks": 0}, "ranks must be a whole number"),
+        ({"shape": 3}, "shape must be a string"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, change, message):
+    path, found = tmp_path / "plans.json", good()
+    found["rows"].append(found["rows"][0] | {"m": 16} | change)
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanFileError) as error:
+        plans.read(path)
+    assert str(error.value).startswith(f"{path}: rows[1]: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"', "\xff"])
+def test_a_file_that_is_no_plans_is_named(tmp_path, text):
+    path = tmp_path / "plans.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(PlanFileError, match=str(path)):
+        plans.read(path)
+    with pytest.raises(PlanFileError, match="missing"):
+        plans.read(tmp_path / "missing")
+
+
+def test_a_weight_and_m_stand_once(tmp_path):
+    path, found = tmp_path / "plans.json", good()
+    found["rows"] *= 2
+    path.write_text(json.dumps(found))
+    with pytest.raises(PlanFileError, match=r"rows\[1\] has the weight and m of rows\[0\]"):
+        plans.read(path)
+
+
+def test_the_shipped_files_are_right():
+    shipped = sorted(plans.SHIPPED.glob("plans_*.json"))
+    assert shipped
+    for path in shipped:
+        for row in plans.read(path).rows:
+            assert row.weight.n % 16 == 0 and row.weight.k % 128 == 0
+
+
+def test_where_own_plans_lie(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTINFER_PLANS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    there = tmp_path / "fastinfer" / "plans-nvidia-h100-80gb-hbm3.json"
+    assert plans.user_path(H100.name) == there
+    monkeypatch.setenv("FASTINFER_PLANS", "0")
+    assert plans.user_path(H100.name) == there
+    monkeypatch.setenv("FASTINFER_PLANS", "~/mine.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plans.user_path(H100.name) == tmp_path / "mine.json"
+    monkeypatch.delenv("FASTINFER_PLANS")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert plans.user_path(H100.name).parent == tmp_path / ".cache" / "fastinfer"
+
+
+# --- what of them reaches the library
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Stands in for the library's table: what it was set to, by kind."""
+    found = {}
+    monkeypatch.setattr(plans, "kernels", lambda kind: {} if kind == "linear" else KERNELS)
+    monkeypatch.setattr(
+        torch.ops.fastinfer, "set_tile_plans", lambda *args: found.update({args[:3]: args[3]}), raising=False
+    )
+    return found
+
+
+def test_names_become_the_librarys_numbers(table):
+    plans.install(H100, [Row(W4, 8, DECODE), Row(W8, 64, WGMMA), Row(W4, 16, Plan())])
+    assert table == {
+        (90, 132, "w4a16"): [128, 4096, 4096, 8, 1, 2, 0, 128, 4096, 4096, 16, 0, 1, 0],
+        (90, 132, "w8a16"): [0, 4096, 4096, 64, 2, 1, 1],
+        (90, 132, "w8a8"): [],
+        (90, 132, "linear"): [],
+    }
+
+
+def test_unknown_names_are_left_to_the_heuristics_with_one_warning(table):
+    """Not left out: the next row would then count for their M too."""
+    strange = [
+        Plan("gemv", 1, "16-half"),
+        Plan("decode", 1, "48-half"),
+        Plan("decode", 16, "16-half"),
+        Plan("gemv", 1, "16-half"),
+    ]
+    rows = [Row(W4, m, plan) for m, plan in zip((1, 2, 4, 8), strange)] + [Row(W4, 16, DECODE)]
+    with pytest.warns(PlanWarning) as caught:
+        plans.install(H100, rows)
+    (warning,) = caught
+    text = str(warning.message)
+    assert text.count("gemv 16-half /1") == 1 and "decode 48-half /1" in text and "decode 16-half /16" in text
+    assert table[90, 132, "w4a16"][4::7] == [0, 0, 0, 0, 1]
+
+
+@pytest.fixture
+def loading(table, monkeypatch, tmp_path):
+    """load() on an H100 that has shipped plans for W4 and W8; returns where own plans would lie."""
+    monkeypatch.setitem(_native.status, "cuda", "loaded")
+    monkeypatch.setattr(Device, "of", classmethod(lambda cls, index: H100))
+    monkeypatch.setattr(plans, "SHIPPED", tmp_path / "data")
+    plans.write(tmp_path / "data" / "plans_h100.json", Plans(H100, [Row(W4, 8, DECODE), Row(W8, 8, DECODE)]))
+    other = Device("NVIDIA H100 PCIe", 90, 114)
+    plans.write(tmp_path / "data" / "plans_pcie.json", Plans(other, [Row(W4, 512, WGMMA)]))
+    own = tmp_path / "own.json"
+    monkeypatch.setenv("FASTINFER_PLANS", str(own))
+    plans.load.cache_clear()
+    yield own
+    plans.load.cache_clear()
+
+
+def test_own_plans_go_before_the_shipped_ones_weight_by_weight(loading, table):
+    plans.write(loading, Plans(H100, [Row(W4, 64, WGMMA)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans.load(0)
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 64, 2, 1, 1]
+    assert table[90, 132, "w8a16"] == [0, 4096, 4096, 8, 1, 2, 0]
+    assert {key[:2] for key in table} == {(90, 132)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "which is not there"),
+        ("{", "the file is ignored"),
+        (json.dumps(good() | {"rows": [{"kind": "w4a16"}]}), "rows[0]: group must be"),
+        (json.dumps(good() | {"multiprocessors": 114}), "this is NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_own_plans_that_cannot_be_used_warn_once(loading, table, text, message):
+    if text is not None:
+        loading.write_text(text)
+    with pytest.warns(PlanWarning) as caught:
+        plans.load(0)
+        plans.load(0)
+    (warning,) = caught
+    assert message in str(warning.message) and str(loading) in str(warning.message)
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 8, 1, 2, 0]
+
+
+def test_plans_can_be_switched_off(loading, table, monkeypatch):
+    monkeypatch.setenv("FASTINFER_PLANS", "0")
+    plans.load(0)
+    assert table == {}
+
+
+def test_nothing_is_loaded_without_the_cuda_library(loading, table, monkeypatch):
+    monkeypatch.setitem(_native.status, "cuda", "not built")
+    plans.load(0)
+    assert table == {}
+
+
+# --- the tuner's decisions
+
+
+def timed(plan: Plan, chained_us: float, us: float | None = None) -> tuner.Timed:
+    return tuner.Timed(plan, chained_us if us is None else us, chained_us)
+
+
+def test_a_plan_must_gain_and_not_lose_alone():
+    auto = timed(Plan(), 10.0, 11.0)
+    assert tuner.pick(auto, []) is auto
+    assert tuner.pick(auto, [timed(DECODE, 9.9, 9.9)]) is auto
+    assert tuner.pick(auto, [timed(DECODE, 9.0, 11.5)]) is auto
+    faster = timed(WGMMA, 9.5, 10.9)
+    assert tuner.pick(auto, [timed(DECODE, 9.0, 11.5), faster, timed(DECODE, 9.6, 10.0)]) is faster
+
+
+def rows(found: dict[int, Plan]) -> list[tuple[int, Plan]]:
+    measured = {m: (timed(Plan(), 10.0), timed(plan, 9.0)) for m, plan in found.items()}
+    assert all(row.weight is W4 for row in tuner.rows_of(W4, measured))
+    return [(row.m, row.plan) for row in tuner.rows_of(W4, measured)]
+
+
+def test_neighbours_with_one_plan_become_one_row():
+    assert rows({1: DECODE, 2: DECODE, 4: DECODE, 8: WGMMA, 16: WGMMA}) == [(4, DECODE), (16, WGMMA)]
+
+
+def test_the_heuristics_keep_what_is_theirs():
+    auto = Plan()
+    assert rows({1: auto, 2: auto, 4: DECODE, 8: auto, 16: auto}) == [(2, auto), (4, DECODE)]
+    assert rows({1: auto, 2: auto}) == [(2, auto)]  # says that it was tuned, against shipped plans
+
+
+def test_a_plan_reaches_no_further_down_than_half_its_m():
+    auto = Plan()
+    assert rows({1: DECODE, 64: DECODE}) == [(1, DECODE), (32, auto), (64, DECODE)]
+    assert rows({8: auto, 2048: WGMMA}) == [(1024, auto), (2048, WGMMA)]
+
+
+def test_rows_hold_their_times():
+    (row,) = tuner.rows_of(W4, {1: (timed(Plan(), 10.0, 11.0), timed(DECODE, 9.001, 9.5))})
+    assert row.times == {"us": 9.5, "chained_us": 9.0, "auto_us": 11.0, "auto_chained_us": 10.0}
+
+
+def test_candidates_split_k_no_finer_than_it_is(monkeypatch):
+    monkeypatch.setattr(plans, "kernels", lambda kind: KERNELS)
+    assert {plan.ranks for plan in tuner.candidates(Weight("w8a16", 0, 64, 384))} == {1, 2, 3}
+    assert len(tuner.candidates(W4)) == 2 * 6 + 2 * 4  # 1, 2, 3, 4, 6, 8 ranks and 1, 2, 3, 4
+
+
+@pytest.mark.parametrize(("weight_bytes", "count"), [(1 << 20, 301), (100 << 20, 4), (1 << 30, 2)])
+def test_copies_outgrow_the_cache(weight_bytes, count):
+    assert copies(weight_bytes) == count
+
+
+# --- which weights
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", [(128, 64), (192, 64), (64, 64), (64, 96), (131, 64)]),  # q, k, v; gate, up; o; down; head
+        ("bert", [(192, 64), (64, 64), (96, 64), (64, 96), (131, 64)]),
+        ("gpt2", [(192, 64), (64, 64), (256, 64), (64, 256), (131, 64)]),
+        ("qwen3", [(128, 64), (192, 64), (64, 64), (64, 96), (131, 64)]),  # norms between the projections and attention
+    ],
+)
+def test_the_weights_of_a_model_are_those_of_its_patch(name, expected):
+    with torch.device("meta"):
+        model = architectures.ALL[name]()
+    assert weights.of_module(model) == expected
+
+
+@pytest.mark.models
+def test_a_configuration_is_enough(tmp_path):
+    with torch.device("meta"):
+        model = architectures.ALL["llama"]()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    expected = weights.of_module(model)
+    assert weights.of_model(str(tmp_path)) == expected
+    assert weights.of_model(str(tmp_path / "config.json")) == expected
+
+
+def test_only_what_a_tile_layout_takes_is_tuned():
+    found = weights.of_shapes([(64, 256), (131, 256), (64, 96), (64, 256)], ["w4a16", "w8a8"], [64, 128])
+    assert found == [Weight("w4a16", 64, 64, 256), Weight("w4a16", 128, 64, 256), Weight("w8a8", 0, 64, 256)]
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name a model, or sizes of weights"),
+        (["--shapes", "4096"], "--shapes takes sizes such as 4096×14336 (N×K), got '4096'"),
+        (["--shapes", ","], "--shapes names nothing"),
+        (["--shapes", "64x128", "--m", "0"], "--m takes positive numbers, got '0'"),
+        (["--shapes", "64x128", "--m", "a"], "--m takes positive numbers, got 'a'"),
+        (["--shapes", "64x128", "--group", "16"], "--group takes numbers out of (32, 64, 128), got '16'"),
+        (["--shapes", "64x128", "--kinds", "int4"], "got 'int4'"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(argv, message, capsys):
+    assert cli.main(["tune", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastinfer: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_says_so(capsys):
+    assert cli.main(["tune", "--shapes", "64×128"]) == 2
+    assert "tune needs a GPU of compute capability 9.0; torch finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "library", "message"),
+    [(80, "loaded", "compute capability 9.0; this is a GPU (compute capability 8.0"), (90, "not built", "not built")],
+)
+def test_tune_on_a_gpu_without_tile_kernels_says_so(monkeypatch, capsys, capability, library, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Device, "of", classmethod(lambda cls, index: Device("a GPU", capability, 108)))
+    monkeypatch.setitem(_native.status, "cuda", library)
+    assert cli.main(["tune", "--shapes", "64*128"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_for_another_device_is_not_written_to(tmp_path):
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(good() | {"multiprocessors": 114}))
+    with pytest.raises(PlanFileError, match="choose another file with --out"):
+        tuner.tune_all(H100, [], [1], path)
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from fastinfer import cli; cli.main(['tune', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- on a GPU with tile kernels
+
+SHAPES = [
+    (1, 48, 1024),
+    (7, 272, 896),
+    (16, 1040, 512),
+    (16, 16, 128),
+    (33, 144, 512),
+    (300, 1040, 2048),
+    (1100, 80, 256),
+]
+
+
+@pytest.fixture
+def heuristics(device, tiles):
+    """An empty table for the test; the device's own plans after it."""
+    plans.install(Device.of(0), [])
+    yield
+    plans.load.cache_clear()
+    plans.load(0)
+
+
+class Case:
+    """A weight's matmul at M rows, and its check."""
+
+    def __init__(self, kind: str, m: int, n: int, k: int, device: str = "cuda"):
+        self.kind, self.weight = kind, Weight(kind, 64 if kind == "w4a16" else 0, n, k)
+        if kind == "w4a16":
+            self.x, *self.packed, self.bias = int4_cases.make(m, n, k, 64, torch.bfloat16, device)
+        else:
+            self.x, *self.packed, self.bias = int8_cases.make(m, n, k, torch.bfloat16, device)
+        self.layout = {"w4a16": TILE_W4A16, "w8a16": TILE_W8A16, "w8a8": TILE_W8A8}[kind]
+        self.laid_out = [convert(t, ROW, self.layout) if t.dim() == 2 else t for t in self.packed]
+
+    def run(self, plan: Plan | None = None) -> torch.Tensor:
+        """Forced, or as it comes."""
+        op = {"w4a16": ops.int4_matmul, "w8a16": ops.int8_matmul, "w8a8": ops.int8_scaled_matmul}[self.kind]
+        if plan is None:
+            return op(self.x, *self.laid_out, self.bias, layout=self.layout)
+        with plans.forced(self.kind, plan):
+            return op(self.x, *self.laid_out, self.bias, layout=self.layout)
+
+    def check(self, out: torch.Tensor) -> None:
+        if self.kind == "w8a8":
+            scaled = importlib.import_module("fastinfer.ops.int8_scaled_matmul").reference
+            args = self.x, *self.packed, self.bias
+            return tolerance.assert_within(out, scaled(*args, dtype=torch.float64), scaled(*args))
+        cases = int4_cases if self.kind == "w4a16" else int8_cases
+        return check_float_matmul(out, self.x, cases.op.dequantize(*self.packed, dtype=torch.float64), self.bias)
+
+    def plans(self) -> dict[Plan, torch.Tensor]:
+        """The results of all plans that can run."""
+        found = {}
+        for plan in tuner.candidates(self.weight):
+            try:
+                found[plan] = self.run(plan)
+            except RuntimeError as error:
+                assert "cannot run" in str(error), f"{plan}: {error}"
+        return found
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a8"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_every_plan_gives_the_right_result(m, n, k, kind, device, heuristics, poisoned):
+    case = Case(kind, m, n, k)
+    found = case.plans()
+    assert any(plan.kernel == "wgmma" for plan in found)
+    assert any(plan.kernel == "decode" for plan in found) or m > 16
+    for plan, out in found.items():
+        try:
+            case.check(out)
+        except AssertionError as error:
+            raise AssertionError(f"{plan}: {error}") from None
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a8"])
+def test_a_forced_plan_that_cannot_run_is_an_error(kind, device, heuristics):
+    kernels = plans.kernels(kind)
+    case, plain = Case(kind, 300, 64, 256), Case(kind, 300, 64, 256).run()
+    for plan in (Plan("decode", 1, kernels["decode"].shapes[0]), Plan("wgmma", 4, kernels["wgmma"].shapes[0])):
+        with pytest.raises(RuntimeError, match=r"the forced plan .* cannot run for M = 300, N = 64, K = 256"):
+            case.run(plan)
+    case.check(case.run())  # and it is over with the block
+    assert plain.shape == case.run().shape
+    for wrong in (Plan("gemv", 1, "a"), Plan("wgmma", 1, "a"), Plan("wgmma", 99, kernels["wgmma"].shapes[0])):
+        with pytest.raises(ValueError, match="there is no plan"):
+            case.run(wrong)
+
+
+def test_the_table_is_honoured_up_to_its_m(device, heuristics):
+    """Plans that add up in another order give other bits, which tell them apart."""
+    case, wider = Case("w4a16", 8, 512, 4096), Case("w4a16", 9, 512, 4096)
+    plain, found = case.run(), case.plans()
+    plan = next(plan for plan, out in found.items() if not torch.equal(out, plain))
+    after = wider.run()
+    plans.install(Device.of(0), [Row(case.weight, 8, plan)])
+    assert torch.equal(case.run(), found[plan])
+    assert torch.equal(wider.run(), after)
+    plans.install(Device.of(0), [Row(case.weight, 4, plan), Row(case.weight, 8, Plan())])
+    assert torch.equal(case.run(), plain)
+    mine = Device.of(0)
+    plans.install(mine, [])
+    plans.install(Device(mine.name, 90, mine.multiprocessors + 1), [Row(case.weight, 8, plan)])
+    plans.install(mine, [Row(Weight("w4a16", 128, 512, 4096), 8, plan), Row(Weight("w4a16", 64, 512, 2048), 8, plan)])
+    assert torch.equal(case.run(), plain)
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a8"])
+def test_a_table_of_nonsense_changes_nothing(kind, device, heuristics):
+    """Too many ranks, or a kernel for few rows at many."""
+    for m, k, name in [(1, 128, "decode"), (300, 256, "decode"), (1, 256, "wgmma"), (300, 256, "wgmma")]:
+        case, kernel = Case(kind, m, 64, k), plans.kernels(kind)[name]
+        plain = case.run()
+        plans.install(Device.of(0), [Row(case.weight, m, Plan(name, kernel.most_ranks, kernel.shapes[0]))])
+        assert torch.equal(case.run(), plain)
+        plans.install(Device.of(0), [])
+
+
+def test_tune_writes_a_file_that_is_loaded(device, heuristics, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "plans.json"
+    monkeypatch.setenv("FASTINFER_PLANS", str(path))
+    assert cli.main(["tune", "--shapes", "512×1024", "--m", "1,64", "--group", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "WRONG" not in text and "w4a16 g64 512×1024" in text and "linear: has no kernels" in text
+    found = plans.read(path)
+    assert found.device == Device.of(0)
+    assert {str(weight) for weight in found.by_weight()} == {"w4a16 g64 512×1024", "w8a16 512×1024", "w8a8 512×1024"}
+    for kind in ("w4a16", "w8a16", "w8a8"):
+        for m in (1, 64, 65):
+            case = Case(kind, m, 512, 1024)
+            case.check(case.run())
+    assert cli.main(["tune", "--shapes", "256×1024", "--m", "1", "--kinds", "w8a16"]) == 0
+    assert len(plans.read(path).by_weight()) == 4
