@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import subprocess
@@ -17,6 +19,7 @@ import torch
 from matmul_cases import check_float_matmul
 
 from fastinfer import _native, cli, ops
+from fastinfer.ops.launch import dependent_launch
 from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A8, TILE_W8A16, convert
 from fastinfer.timing import copies
 from fastinfer.tuning import plans, tuner, weights
@@ -280,6 +283,64 @@ def test_candidates_split_k_no_finer_than_it_is(monkeypatch):
     assert len(tuner.candidates(W4)) == 2 * 6 + 2 * 4  # 1, 2, 3, 4, 6, 8 ranks and 1, 2, 3, 4
 
 
+@pytest.mark.parametrize("weight", [W4, W8, Weight("w8a8", 0, 4096, 4096), Weight("linear", 0, 4096, 4096)], ids=str)
+def test_calls_are_those_of_the_op(weight):
+    calls = tuner.calls_of(weight, "meta")(3)
+    assert sum(call.keywords["w"].nbytes for call in calls) > 300 << 20
+    assert calls[0]().shape == (3, weight.n) and calls[0]().dtype == torch.bfloat16
+
+
+NOT_A_NUMBER, NOT_RUNNING = Plan("decode", 8, "16-half"), Plan("decode", 3, "16-half")
+
+
+@pytest.fixture
+def fake_gpu(table, monkeypatch):
+    """One whose times are made up: the more ranks the faster, but the fastest plan is wrong and another cannot run."""
+    running = [Plan()]
+
+    @contextlib.contextmanager
+    def forced(kind, plan):
+        running.append(plan)
+        try:
+            yield
+        finally:
+            running.pop()
+
+    def call() -> torch.Tensor:
+        if running[-1] == NOT_RUNNING:
+            raise RuntimeError("the forced plan cannot run")
+        return torch.full((4, 4), float("nan") if running[-1] == NOT_A_NUMBER else 1.0)
+
+    class Replays:
+        def __init__(self, calls, count):
+            calls[0]()
+            plan = running[-1]
+            self.us = 10.0 if plan == Plan() else 10.0 / plan.ranks
+
+        def measure(self, repeats):
+            return [self.us] * repeats
+
+    monkeypatch.setattr(plans, "forced", forced)
+    monkeypatch.setattr(tuner, "Replays", Replays)
+    monkeypatch.setattr(tuner, "calls_of", lambda weight: lambda m: [call])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(plans, "load", functools.cache(lambda index: table.update(loaded=index)))
+
+
+def test_the_fastest_right_plan_is_kept(fake_gpu, table, tmp_path, capsys):
+    path = tmp_path / "plans.json"
+    other, linear = Row(W8, 8, WGMMA), Weight("linear", 0, 64, 128)
+    plans.write(path, Plans(H100, [other, Row(W4, 512, WGMMA)]))
+    assert tuner.tune_all(H100, [W4, linear], [1, 2], path) == 2  # wrong at both M
+    times = {"us": 1.25, "chained_us": 1.25, "auto_us": 10.0, "auto_chained_us": 10.0}
+    assert plans.read(path).rows == [Row(W4, 2, Plan("decode", 8, "16-whole"), times), other]
+    out = capsys.readouterr().out
+    assert "decode 16-half /8: WRONG at M = 2" in out and "linear: has no kernels to choose from" in out
+    assert "decode 16-whole /8, 8.00 ×" in out and "cannot run" not in out
+    assert table["loaded"] == 0 and table[90, 132, "w4a16"] == []  # the heuristics were the measure
+
+
 @pytest.mark.parametrize(("weight_bytes", "count"), [(1 << 20, 301), (100 << 20, 4), (1 << 30, 2)])
 def test_copies_outgrow_the_cache(weight_bytes, count):
     assert copies(weight_bytes) == count
@@ -407,13 +468,14 @@ class Case:
         self.layout = {"w4a16": TILE_W4A16, "w8a16": TILE_W8A16, "w8a8": TILE_W8A8}[kind]
         self.laid_out = [convert(t, ROW, self.layout) if t.dim() == 2 else t for t in self.packed]
 
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        op = {"w4a16": ops.int4_matmul, "w8a16": ops.int8_matmul, "w8a8": ops.int8_scaled_matmul}[self.kind]
+        return op(x, *self.laid_out, self.bias, layout=self.layout)
+
     def run(self, plan: Plan | None = None) -> torch.Tensor:
         """Forced, or as it comes."""
-        op = {"w4a16": ops.int4_matmul, "w8a16": ops.int8_matmul, "w8a8": ops.int8_scaled_matmul}[self.kind]
-        if plan is None:
-            return op(self.x, *self.laid_out, self.bias, layout=self.layout)
-        with plans.forced(self.kind, plan):
-            return op(self.x, *self.laid_out, self.bias, layout=self.layout)
+        with contextlib.nullcontext() if plan is None else plans.forced(self.kind, plan):
+            return self.call(self.x)
 
     def check(self, out: torch.Tensor) -> None:
         if self.kind == "w8a8":
@@ -446,6 +508,33 @@ def test_every_plan_gives_the_right_result(m, n, k, kind, device, heuristics, po
             case.check(out)
         except AssertionError as error:
             raise AssertionError(f"{plan}: {error}") from None
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a8"])
+@pytest.mark.parametrize("m", [1, 16, 40])
+def test_every_plan_gives_the_same_bits_in_a_captured_chain(m, kind, device, heuristics):
+    """As test_launch.py has it for the heuristics' choice."""
+    case = Case(kind, m, 1024, 1024)
+
+    def chain() -> list[torch.Tensor]:
+        outs = [case.x]
+        for _ in range(4):
+            outs.append(case.call(outs[-1]))
+        return outs[1:]
+
+    for plan in case.plans():
+        graph = torch.cuda.CUDAGraph()
+        with plans.forced(kind, plan):
+            plain = chain()
+            with dependent_launch():
+                chain()
+                with torch.cuda.graph(graph):
+                    chained = chain()
+        for _ in range(10):
+            for out in chained:
+                out.fill_(float("nan"))
+            graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(plain, chained, strict=True)), plan
 
 
 @pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a8"])
