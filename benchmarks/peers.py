@@ -23,16 +23,16 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastinfer.timing import Calls, copies
+
 GROUP = 128
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-Calls = Sequence[Callable[[], torch.Tensor]]
 
 
 class RefusedError(RuntimeError):
@@ -70,11 +70,6 @@ class Problem:
 
     def scales(self, *size: int) -> torch.Tensor:
         return (torch.rand(*size, device=self.device) * 0.01).to(self.dtype)
-
-
-def copies(weight_bytes: int, cache_bytes: int) -> int:
-    """How many weights together hold more than the cache; two at least."""
-    return max(2, cache_bytes // weight_bytes + 1)
 
 
 def linear(p: Problem) -> Calls:

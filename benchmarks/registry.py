@@ -9,11 +9,12 @@ from functools import partial
 
 import peers
 import torch
-from peers import Calls, Problem
+from peers import Problem
 from torch import nn
 
 from fastinfer import ops
 from fastinfer.ops.layout import ROW, convert, native_layout
+from fastinfer.timing import Calls
 
 CPU_SHAPES = [(1, 640, 2048), (1, 262144, 640), (128, 384, 384), (1024, 384, 384), (1024, 1536, 384), (1024, 384, 1536)]
 CUDA_SHAPES = [(m, n, k) for n, k in [(28672, 4096), (4096, 14336), (4096, 4096)] for m in (1, 4, 16, 64, 256, 1024)]

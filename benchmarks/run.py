@@ -38,8 +38,9 @@ import tolerance  # noqa: E402
 
 from fastinfer import _native  # noqa: E402
 from fastinfer.ops.launch import dependent_launch  # noqa: E402
+from fastinfer.timing import CUDA_CACHE_BYTES, Calls, time_cuda  # noqa: E402
 
-CACHE_BYTES = {"cpu": 48 << 20, "cuda": 300 << 20}
+CACHE_BYTES = {"cpu": 48 << 20, "cuda": CUDA_CACHE_BYTES}
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 WEIGHT_ONLY = {"int4 + W8A16": ("int4_matmul", "int8_matmul")}
 HEADER = (
@@ -48,7 +49,7 @@ HEADER = (
 )
 
 
-def time_cpu(calls: peers.Calls, seconds: float = 0.4) -> float:
+def time_cpu(calls: Calls, seconds: float = 0.4) -> float:
     """Median microseconds of a call; the list is cycled through."""
     for call in calls:
         call()
@@ -60,32 +61,6 @@ def time_cpu(calls: peers.Calls, seconds: float = 0.4) -> float:
         times.append(time.perf_counter() - start)
         index += 1
     return statistics.median(times) * 1e6
-
-
-def time_cuda(calls: peers.Calls, repeats: int = 20) -> float:
-    """Median microseconds of a call inside a CUDA graph that cycles through the list.
-
-    Our own kernels are launched as the caller's `dependent_launch` says; the peers' as they are.
-    """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph, count = torch.cuda.CUDAGraph(), max(2, 32 // len(calls)) * len(calls)
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
 
 
 TIMERS = {"cpu": time_cpu, "cuda": time_cuda}
@@ -104,7 +79,7 @@ def peak_throughput(device: str, dtype: torch.dtype) -> dict[str, float]:
     float_calls = list(peers.collect(peers.NAMES["int8_matmul"], problem).values())
     if device == "cpu":  # oneDNN is slower on a transposed weight
         a, b = problem.ints(size, size), problem.ints(size, size)
-        int8_calls: list[peers.Calls] = [[lambda: torch.ops.aten._int_mm(a, b)]]
+        int8_calls: list[Calls] = [[lambda: torch.ops.aten._int_mm(a, b)]]
     else:
         names = [name for name in peers.NAMES["int8_scaled_matmul"] if name != "linear"]
         int8_calls = list(peers.collect(names, problem).values())

@@ -24,6 +24,12 @@ def _run_demo(args: argparse.Namespace) -> int:
     return demo.main(args)
 
 
+def _run_tune(args: argparse.Namespace) -> int:
+    from fastinfer import tuning
+
+    return tuning.main(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastinfer", description="Makes Hugging Face transformers models fast in place."
@@ -39,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a real model before and after patching: speed, size, quality")
     importlib.import_module("fastinfer.demo").add_arguments(demo)  # imports no torch
     demo.set_defaults(run=_run_demo)
+
+    tune = commands.add_parser("tune", help="find the fastest way to run a model's matmuls on this GPU, for later runs")
+    importlib.import_module("fastinfer.tuning").add_arguments(tune)  # imports no torch
+    tune.set_defaults(run=_run_tune)
     return parser
 
 
@@ -48,7 +58,7 @@ def _one_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0: done, 1: done and not well (doctor), 2: an error of the caller's making, in one line."""
+    """Runs a command; 0: done, 1: done and not well (doctor, tune), 2: an error of the caller's making, in one line."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

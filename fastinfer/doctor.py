@@ -19,7 +19,7 @@ from fastinfer import _native, ops
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
-SETTINGS = ("FASTINFER_NATIVE", "FASTINFER_CPU_ISA", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+SETTINGS = ("FASTINFER_NATIVE", "FASTINFER_CPU_ISA", "FASTINFER_PLANS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 OLDEST = {"torch": (2, 10), "transformers": (5, 17)}
 STALE = "missing in the library"
 REBUILD = "pip install --no-build-isolation -e .   (or pip install .), in fastinfer's source folder"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = ["Args:", "Returns:", "Raises:", "Backends:", "Numerics:", "Source:"]
 TABLE = re.sub(r'"\s*\n\s*"', "", (ROOT / "csrc" / "ops.cpp").read_text())  # long strings stand in pieces
 SCHEMAS = dict(re.findall(r'm\.def\(\s*"(\w+)\(([^)]*)\)', TABLE))
-NOT_OPS = {"cpu_isa", "dependent_launch"}
+NOT_OPS = {"cpu_isa", "dependent_launch", "set_tile_plans", "force_tile_plan", "tile_plan_candidates"}
 TORCH_IS_THE_FALLBACK = {"linear"}  # its matmul is torch's on every device: a Triton kernel would only be slower
 
 

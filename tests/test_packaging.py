@@ -115,7 +115,7 @@ def test_sdist_lists_native_sources_and_layouts(listed):
 
 @in_source_tree
 def test_sdist_lists_every_package_and_kernel(listed):
-    assert in_tree("fastinfer", "*.py", "*.txt") - listed == set()
+    assert in_tree("fastinfer", "*.py", "*.txt", "*.json") - listed == set()
     assert {f"fastinfer/kernels/{name}" for name in KERNELS} - listed == set()
 
 
@@ -207,7 +207,7 @@ def test_wheel_from_sdist_holds_libraries_kernels_and_data(wheel):
     assert "fastinfer/_cpu.abi3.so" in names
     assert ("fastinfer/_cuda.abi3.so" in names) == bool(cuda)
     assert {f"fastinfer/kernels/{name}" for name in KERNELS} - names == set()
-    assert in_tree("fastinfer", "*.py", "*.txt") - names == set()
+    assert in_tree("fastinfer", "*.py", "*.txt", "*.json") - names == set()
     assert [name for name in names if not name.startswith(("fastinfer/", "fastinfer-"))] == []
 
 

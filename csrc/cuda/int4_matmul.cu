@@ -82,7 +82,7 @@ static Tensor int4_matmul_tiles(const char* op, const Tensor& x, const Tensor& w
     return epilogue.apply(dense_linear(x, weight, arguments.bias), context);
   }
   const Tensor y = empty_output(x, out_features(gate, shape.n)), rows_x = aligned_rows(as_matrix(x, shape), 1);
-  TileProblem p{op, rows_x, w.const_data_ptr(), w_scale.const_data_ptr(), w_zero.const_data_ptr()};
+  TileProblem p{op, TileKind::kW4A16, rows_x, w.const_data_ptr(), w_scale.const_data_ptr(), w_zero.const_data_ptr()};
   p.scale_type = element_of(w_scale.scalar_type());
   p.groups = static_cast<int>(w_scale.size(1));
   p.epilogue = make_epilogue(y, shape, arguments, gate);

@@ -29,7 +29,7 @@ static Tensor int8_matmul_tiles(const char* op, const Tensor& x, const Tensor& w
     return epilogue.apply(dense_linear(x, dequantize_int8_tiles(op, w, w_scale, x, context), arguments.bias), context);
   }
   const Tensor y = empty_output(x, out_features(gate, shape.n)), rows_x = aligned_rows(as_matrix(x, shape), 1);
-  TileProblem p{op, rows_x, w.const_data_ptr()};
+  TileProblem p{op, TileKind::kW8A16, rows_x, w.const_data_ptr()};
   p.epilogue = make_epilogue(y, shape, arguments, gate);
   p.epilogue.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
   p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);

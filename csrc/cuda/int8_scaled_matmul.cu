@@ -87,7 +87,7 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
   const auto* scale = static_cast<const float*>(activations.x_scale.const_data_ptr());
   if (layout != "row") {
     const Tensor y = empty_output(x, out_features(gate, shape.n), y_type);
-    TileProblem p{op, activations.q, rows_w.const_data_ptr()};
+    TileProblem p{op, TileKind::kW8A8, activations.q, rows_w.const_data_ptr()};
     p.epilogue = make_epilogue(y, shape, arguments, gate);
     p.epilogue.x_scale = scale;
     p.epilogue.w_scale = static_cast<const float*>(w_scale.const_data_ptr());

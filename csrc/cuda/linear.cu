@@ -20,12 +20,18 @@ static bool try_decode_linear(const char* op, const Tensor& x, const Tensor& w, 
   if (shape.m > kDecodeTokens || shape.k % 32 != 0 || x.scalar_type() == ScalarType::Float) return false;
   if (!w.is_contiguous() || !is_aligned16(w)) return false;
   const Tensor rows_x = aligned_rows(as_matrix(x, shape), 1);
-  TileProblem p{op, rows_x, w.const_data_ptr()};
+  TileProblem p{op, TileKind::kLinear, rows_x, w.const_data_ptr()};
   p.epilogue = epilogue;
   p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
+  const TilePlan plan = find_tile_plan(p.kind, 0, p.m, p.n, p.k, context.limits());
   const bool dependent = take_dependent_launch();
-  return x.scalar_type() == ScalarType::Half ? run_decode<RowsDecode<__half>>(p, dependent, context)
-                                             : run_decode<RowsDecode<__nv_bfloat16>>(p, dependent, context);
+  const auto run = [&](const TilePlan& asked) {
+    return x.scalar_type() == ScalarType::Half ? run_decode<RowsDecode<__half>>(p, asked, dependent, context)
+                                               : run_decode<RowsDecode<__nv_bfloat16>>(p, asked, dependent, context);
+  };
+  if (run(plan)) return true;
+  FASTINFER_CHECK(op, !plan.forced, "the forced plan cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+  return run({});
 }
 
 Tensor linear_cuda(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,

@@ -1,4 +1,5 @@
-// Which kernel multiplies by weights in a tile layout, and how it is split: decode_matmul for few tokens, wgmma_matmul above.
+// Which kernel multiplies by weights in a tile layout, and how it is split: as a plan says (tile_plan.cuh), else by the
+// heuristics here, decode_matmul for few tokens and wgmma_matmul above.
 #pragma once
 
 #include <array>
@@ -13,6 +14,7 @@ namespace fastinfer {
 // What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128, N of 16.
 struct TileProblem {
   const char* op;
+  TileKind kind;
   const Tensor& x;
   const void* w;
   const void* w_scale = nullptr;  // int4 alone: int8's are in the epilogue
@@ -31,34 +33,48 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
                   "\" needs N in multiples of 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
 }
 
-constexpr int kDecodeTokens = 16;
-
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
-// A shape of decode_matmul.
+// A shape of decode_matmul: row tiles that a warp takes at a time, stages of its ring, warps of a CTA, units of x that a
+// warp holds in registers, CTAs a multiprocessor. The shared memory that is left over takes the next kernel's first CTAs.
 struct DecodeShape {
-  int tiles, depth, warps, held;
+  int tiles, depth, warps, held, resident;
 };
-constexpr std::array<DecodeShape, 12> kDecodeShapes{{{1, 4, 8, 0}, {1, 8, 8, 0}, {2, 2, 8, 0}, {2, 4, 8, 0}, {1, 4, 16, 0}, {2, 2, 16, 0}, {2, 4, 16, 0}, {1, 4, 8, 1}, {1, 4, 8, 2}, {1, 4, 16, 1}, {1, 4, 16, 2}, {4, 2, 8, 0}}};
+constexpr std::array<DecodeShape, 12> kDecodeShapes{{{1, 4, 8, 0, 2},
+                                                     {1, 8, 8, 0, 2},
+                                                     {1, 8, 8, 0, 1},
+                                                     {2, 2, 8, 0, 2},
+                                                     {2, 2, 8, 0, 1},
+                                                     {2, 4, 8, 0, 2},
+                                                     {2, 4, 8, 0, 1},
+                                                     {1, 4, 16, 0, 1},
+                                                     {2, 2, 16, 0, 1},
+                                                     {1, 4, 8, 1, 2},
+                                                     {1, 4, 8, 2, 1},
+                                                     {1, 4, 16, 2, 1}}};
+constexpr int kDecodeMaxRanks = 8, kDecodeTokens = 16;
 
 template <class Format, int kShape>
-bool try_decode(const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan, const LaunchContext& context) {
+bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, bool dependent, const LaunchContext& context) {
   constexpr DecodeShape s = kDecodeShapes[kShape];
+  const DecodePlan plan{ranks, s.resident, dependent};
   return p.m <= 8 ? launch_decode<Format, s.tiles, 1, s.depth, s.warps, s.held>(p.op, args, plan, context)
                   : launch_decode<Format, s.tiles, 2, s.depth, s.warps, s.held>(p.op, args, plan, context);
 }
 
-template <class Format, int... kShapes>
-bool try_shape(int shape, const TileProblem& p, const DecodeArgs& args, const DecodePlan& plan,
-               const LaunchContext& context, std::integer_sequence<int, kShapes...>) {
+template <class Format, size_t... kShapes>
+bool try_decode(const TileProblem& p, const DecodeArgs& args, const TilePlan& plan, bool dependent,
+                const LaunchContext& context, std::index_sequence<kShapes...>) {
   bool done = false;
-  (void)((shape == kShapes && (done = try_decode<Format, kShapes>(p, args, plan, context), true)) || ...);
+  ((plan.shape == kShapes && (done = try_decode<Format, kShapes>(p, args, plan.ranks, dependent, context))) || ...);
   return done;
 }
 
-// False where x or the sums that ranks exchange do not fit the shared memory.
+// As planned, or by the heuristics. False where the plan asks too much, or x or the sums that ranks exchange do not fit the
+// shared memory.
 template <class Format>
-bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& context) {
+bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, const LaunchContext& context) {
+  if (p.m > kDecodeTokens) return false;
   DecodeArgs args;
   args.x = p.x.const_data_ptr();
   args.x_stride = int64_t(p.k) * static_cast<int64_t>(sizeof(typename Format::Element));
@@ -70,18 +86,14 @@ bool run_decode(const TileProblem& p, bool dependent, const LaunchContext& conte
   args.epilogue = p.epilogue;
   args.m = p.m, args.units = p.k / Format::kUnitK;
   args.last_row = p.n - 1, args.last_tile = (p.n + 15) / 16 - 1;
-  const TilePlan& forced = forced_tile_plan();
-  const auto run = [&](const DecodePlan& plan, int shape) {
-    return try_shape<Format>(shape, p, args, plan, context,
-                             std::make_integer_sequence<int, static_cast<int>(kDecodeShapes.size())>());
+  const auto run = [&](int ranks, int shape) {
+    if (ranks & (ranks - 1)) return false;
+    return try_decode<Format>(p, args, {TileKernel::kDecode, ranks, shape}, dependent, context,
+                              std::make_index_sequence<kDecodeShapes.size()>());
   };
-  if (forced.kernel == TileKernel::kDecode) {
-    FASTINFER_CHECK(p.op, run({forced.ranks, forced.resident, dependent}, forced.shape), "plan does not fit");
-    return true;
-  }
-  for (int ranks = 1; ranks <= 8; ranks *= 2) {
-    if (run({ranks, 2, dependent}, 0)) return true;
-    if (run({ranks, 1, dependent}, 0)) return true;
+  if (plan.kernel == TileKernel::kDecode) return run(plan.ranks, plan.shape);
+  for (int ranks = 1; ranks <= kDecodeMaxRanks; ranks *= 2) {
+    if (run(ranks, 0) || run(ranks, 4)) return true;
   }
   return false;
 }
@@ -94,6 +106,12 @@ struct WgmmaShape {
 };
 constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
     {{32, 4, 980}, {64, 4, 1100}, {64, 2, 680}, {128, 2, 830}, {256, 2, 1430}}};
+constexpr int kWgmmaMaxRanks = 4;
+
+// Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
+inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
+  return ranks == 1 || (ranks <= k / 256 && shape.tokens < 256);
+}
 
 // Clusters of `ranks` blocks that run at once, one block a multiprocessor.
 template <class Format, typename Y>
@@ -103,52 +121,67 @@ int wgmma_clusters(int ranks, const LaunchContext& context) {
                            Kernel::smem_bytes(3, ranks), context);
 }
 
+// The split and shape that the times of kWgmmaShapes promise most of.
 template <class Format, typename Y>
-void run_wgmma(const TileProblem& p, bool dependent, const LaunchContext& context) {
-  WgmmaArgs args;
-  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
-  args.epilogue = p.epilogue;
-  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
-
-  int shape = 0, ranks = 1;
+TilePlan choose_wgmma(const TileProblem& p, const LaunchContext& context) {
+  TilePlan plan{TileKernel::kWgmma};
   int64_t best = INT64_MAX;
-  for (int r = 1; r <= 4; ++r) {
-    if (r > 1 && r > p.k / 256) break;
+  for (int r = 1; r <= kWgmmaMaxRanks; ++r) {
     const int clusters = wgmma_clusters<Format, Y>(r, context);
     for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
       const WgmmaShape& candidate = kWgmmaShapes[s];
-      if (candidate.tokens == 256 && r > 1) continue;  // too many sums to exchange
+      if (!can_split(candidate, r, p.k)) continue;
       const int64_t rows = 64 * candidate.consumers;
       const int64_t tiles = (p.n + rows - 1) / rows * ((p.m + candidate.tokens - 1) / candidate.tokens);
       const int64_t rounds = (tiles + clusters - 1) / clusters, units = (p.k / 128 + r - 1) / r;
       const int64_t ns = rounds * (units * candidate.unit_ns + 1500 + (r > 1 ? 1000 + 8 * candidate.tokens : 0));
-      if (ns < best) best = ns, shape = s, ranks = r;
+      if (ns < best) best = ns, plan.ranks = r, plan.shape = s;
     }
   }
-  if (const TilePlan& forced = forced_tile_plan(); forced.kernel == TileKernel::kWgmma) {
-    ranks = forced.ranks, shape = forced.shape;
-  }
-  const WgmmaPlan plan{ranks, dependent};
-  switch (shape) {
+  return plan;
+}
+
+// As planned, or by the heuristics. False where the plan asks too much.
+template <class Format, typename Y>
+bool run_wgmma(const TileProblem& p, const TilePlan& asked, bool dependent, const LaunchContext& context) {
+  const TilePlan chosen = asked.kernel == TileKernel::kWgmma ? asked : choose_wgmma<Format, Y>(p, context);
+  if (!can_split(kWgmmaShapes[chosen.shape], chosen.ranks, p.k)) return false;
+  WgmmaArgs args;
+  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
+  args.epilogue = p.epilogue;
+  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
+  const WgmmaPlan plan{chosen.ranks, dependent};
+  switch (chosen.shape) {
     case 0:
-      return launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
     case 1:
-      return launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
     case 2:
-      return launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
     case 3:
-      return launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      break;
     default:  // with many tiles the L2 is the bound, and neighbours that share x spare it
-      return p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
-                           : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
+      p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
+                    : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
   }
+  return true;
 }
 
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   const bool dependent = take_dependent_launch();
-  if (p.m <= kDecodeTokens && forced_tile_plan().kernel != TileKernel::kWgmma && run_decode<Decode>(p, dependent, context)) return;
-  run_wgmma<Wgmma, Y>(p, dependent, context);
+  const int group = p.kind == TileKind::kW4A16 ? p.k / p.groups : 0;
+  const TilePlan plan = find_tile_plan(p.kind, group, p.m, p.n, p.k, context.limits());
+  if (plan.kernel == TileKernel::kDecode && run_decode<Decode>(p, plan, dependent, context)) return;
+  if (plan.kernel == TileKernel::kWgmma && run_wgmma<Wgmma, Y>(p, plan, dependent, context)) return;
+  FASTINFER_CHECK(p.op, !plan.forced, "the forced plan (kernel ", static_cast<int>(plan.kernel), ", ", plan.ranks,
+                  " ranks, shape ", plan.shape, ") cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+  if (run_decode<Decode>(p, {}, dependent, context)) return;
+  run_wgmma<Wgmma, Y>(p, {}, dependent, context);
 }
 
 }  // namespace fastinfer
