@@ -31,6 +31,10 @@ TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), 
 TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
 TILE_SHAPES += [(16, 72000, 4096), (16, 256, 53248)]  # too large for decode_matmul's shared memory
 
+# rows behind the tiles: 1 to 15 of them, one and more chunks of K a warp, fewer and more tokens than fill the GPU
+TAIL_SHAPES = [(m, n, k) for m in (1, 3, 16, 17, 64, 200) for n, k in [(17, 128), (1003, 768)]]
+TAIL_SHAPES += [(5, 30, 14336), (16, 4099, 4096), (40, 31, 2048), (2065, 35, 256)]
+
 # M, N, K for epilogues: none, one, odd, several panels and tiles, past every change of kernel; N in sixteens for gates
 EPILOGUE_SHAPES = [(0, 32, 128), (1, 16, 128), (3, 48, 128), (17, 272, 128), (40, 64, 256), (200, 32, 128)]
 GATES = [name for name in ACTIVATIONS if name != "none"]

@@ -13,7 +13,16 @@ import test_int4_matmul as int4_cases
 import test_int8_matmul as int8_cases
 import tolerance
 import torch
-from matmul_cases import DTYPES, GATES, TILE_SHAPES, activations, check_epilogue, check_float_matmul, epilogues
+from matmul_cases import (
+    DTYPES,
+    GATES,
+    TAIL_SHAPES,
+    TILE_SHAPES,
+    activations,
+    check_epilogue,
+    check_float_matmul,
+    epilogues,
+)
 
 from fastinfer import ops
 from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A16, convert, native_layout
@@ -109,7 +118,7 @@ def main(device: str) -> int:
         calls += check_epilogues(m, dtype, device)
     for m, k, dtype in product([1, 9], [30, 64, 4096, 8192, 16384, 20000], DTYPES):
         calls += check_quantize(m, k, dtype, device)
-    for (m, n, k), dtype in product(TILE_SHAPES, DTYPES if device == "cuda" else []):
+    for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):
         calls += check_tiles(m, n, k, dtype, device)
     print(f"{calls} calls right on {device}")
     return 0

@@ -32,6 +32,31 @@ def test_a_captured_chain_gives_the_same_bits(m, device, tiles):
             outs.append(int4_matmul(outs[-1], *layer, layout=TILE_W4A16))
         return outs[1:]
 
+    check_chain(chain)
+
+
+@pytest.mark.parametrize("m", [16, 128])
+def test_what_follows_rows_behind_the_tiles_waits_for_them(m, device, tiles):
+    """Every other weight has 17 rows: a kernel for tiles, one for the last row, and then one that may start early."""
+    layers = []
+    for n in (17, 1024) * 3:
+        _, *packed, _ = make(m, n, 128, 128, torch.bfloat16, device)
+        packed[1] = packed[1] * 0.1
+        layers.append([convert(t, ROW, TILE_W4A16) for t in packed])
+    x = torch.randn(m, 128, device=device).bfloat16()
+    rows = 17 * m // 128
+
+    def chain():
+        outs = [x]
+        for layer, tokens in zip(layers, (m, rows) * 3, strict=True):
+            outs.append(int4_matmul(outs[-1].view(-1)[: tokens * 128].view(tokens, 128), *layer, layout=TILE_W4A16))
+        return outs[1:]
+
+    check_chain(chain)
+
+
+def check_chain(chain):
+    """The same bits from a captured chain, replayed, as from its kernels one by one."""
     plain = chain()
     assert all(torch.isfinite(out).all() for out in plain)
     stream = torch.cuda.Stream()

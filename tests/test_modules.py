@@ -207,37 +207,75 @@ TILE_PLACES = {
 }
 
 
+@pytest.mark.parametrize("n", [48, 49, 63])
 @pytest.mark.parametrize("layout", TILE_PLACES)
-def test_tile_layouts_are_what_layouts_md_says(layout):
+def test_tile_layouts_are_what_layouts_md_says(layout, n):
     int4 = layout == "tile_w4a16"
-    w = torch.randint(-128, 128, (48, 128 if int4 else 256), dtype=torch.int8)
+    w = torch.randint(-128, 128, (n, 128 if int4 else 256), dtype=torch.int8)
     tiles = convert(w, "row", layout)
     assert tiles.shape == w.shape and torch.equal(convert(tiles, layout, "row"), w)
     flat, rows = (unpack(tiles).view(-1), unpack(w)) if int4 else (tiles.view(-1), w)
     for n, k in [(0, 0), (5, 3), (15, 23), (16, 40), (31, 255), (47, 130), (9, 77)]:
         assert flat[sum(TILE_PLACES[layout](n, k, 256))] == rows[n, k]
+    assert torch.equal(tiles[48:], w[48:])
 
 
-def test_tile_scales_are_what_layouts_md_says():
-    scale = torch.randn(48, 5)
+@pytest.mark.parametrize("layout", TILE_PLACES)
+@pytest.mark.parametrize("n", [16, 17, 31, 1003])
+def test_tile_layouts_are_bijections_of_any_number_of_rows(n, layout):
+    tensors = [torch.randint(-128, 128, (n, 128), dtype=torch.int8)]
+    if layout == "tile_w4a16":
+        tensors += [torch.randn(n, groups).to(dtype) for groups in (1, 6) for dtype in (torch.half, torch.bfloat16)]
+    for tensor in tensors:
+        tiles = convert(tensor, "row", layout)
+        assert tiles.shape == tensor.shape and tiles.dtype == tensor.dtype and tiles.is_contiguous()
+        assert torch.equal(convert(tiles, layout, "row"), tensor)
+        assert torch.equal(tiles[: n // 16 * 16], convert(tensor[: n // 16 * 16], "row", layout))
+
+
+@pytest.mark.parametrize("n", [48, 50])
+def test_tile_scales_are_what_layouts_md_says(n):
+    scale = torch.randn(n, 5)
     flat = convert(scale, "row", "tile_w4a16").view(-1)
     for n, group in [(0, 0), (5, 3), (15, 4), (16, 1), (47, 2)]:
         assert flat[n // 16 * 16 * 5 + group * 16 + n % 8 * 2 + n % 16 // 8] == scale[n, group]
-    assert torch.equal(convert(convert(scale, "row", "tile_w4a16"), "tile_w4a16", "row"), scale)
+    assert torch.equal(flat[48 * 5 :], scale[48:].flatten())
 
 
 def test_tile_layouts_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match="multiples of 16"):
-        convert(torch.zeros(24, 128, dtype=torch.int8), "row", "tile_w8a16")
-    with pytest.raises(ValueError, match="columns of 128"):
+    with pytest.raises(ValueError, match="16 rows or more"):
+        convert(torch.zeros(15, 128, dtype=torch.int8), "row", "tile_w8a16")
+    with pytest.raises(ValueError, match="columns in multiples of 128"):
         convert(torch.zeros(32, 96, dtype=torch.int8), "row", "tile_w8a8")
 
 
+@pytest.mark.parametrize("n", [48, 49, 63])
 @pytest.mark.parametrize("layout", ["row", "panel16", "tile_w8a16", "tile_w8a8"])
-def test_gather_rows(layout):
-    w = torch.randint(-128, 128, (48, 128), dtype=torch.int8)
-    ids = torch.tensor([[0, 39, 31], [32, 5, 16]])
-    assert torch.equal(gather_rows(convert(w, "row", layout), ids, layout), w[ids])
+def test_gather_rows(layout, n):
+    w = torch.randint(-128, 128, (n, 256), dtype=torch.int8)
+    packed = convert(w, "row", layout)
+    assert torch.equal(gather_rows(packed, torch.arange(n), layout), w)
+    for ids in (torch.tensor([[0, 39, 31], [n - 1, 5, 16]]), torch.tensor(n - 1), torch.zeros(0, 3, dtype=torch.int32)):
+        assert torch.equal(gather_rows(packed, ids, layout), w[ids.long()])
+
+
+def test_a_gpu_with_tile_kernels_reads_any_number_of_rows_in_tiles(monkeypatch):
+    from fastinfer.ops import layout
+
+    monkeypatch.setattr(layout._native, "backend", lambda device: "native")
+    monkeypatch.setattr(layout, "_has_tile_kernels", lambda index: index == 0)
+    gpu = torch.device("cuda", 0)
+    for kind in ("w4a16", "w8a16"):
+        for n in (16, 17, 1003, 50257):
+            assert layout.native_layout(gpu, kind, n, 768, torch.bfloat16) == f"tile_{kind}"
+        for n, k, dtype in [
+            (15, 768, torch.half),
+            (0, 768, torch.half),
+            (17, 96, torch.half),
+            (17, 768, torch.float32),
+        ]:
+            assert layout.native_layout(gpu, kind, n, k, dtype) == "row"
+    assert layout.native_layout(torch.device("cuda", 1), "w4a16", 17, 768, torch.bfloat16) == "row"
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0])

@@ -1,8 +1,9 @@
 // dequantize: w[N,K] in fp32, bf16 or fp16 from int8 or int4 weights, for torch's dense matmul
 // Source    –
-// Layout    LAYOUTS.md#int8-row, #int4-row
+// Layout    LAYOUTS.md#int8-row, #int4-row, #tile-w8a16, #tile-w4a16 (fp32 only)
 // Requires  sm80+
-// Mapping   a thread makes 8 neighbouring weights of a row (16 bytes of fp16), or 1 where rows are not 8-byte aligned
+// Mapping   a thread makes 8 neighbouring weights of a row (16 bytes of fp16), or 1 where rows are not 8-byte aligned; of
+//           tiles what a lane has; rows behind them by a launch of the kernel for rows
 // Bound     memory: N·K·(weight bytes + output bytes)
 // Verified  tests/test_int8_matmul.py, tests/test_int4_matmul.py (many rows, fp32)
 
@@ -123,12 +124,23 @@ __global__ void dequantize_int8_tiles_kernel(const uint4* w, const float* w_scal
 Tensor dequantize_int4_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& w_zero,
                              const Tensor& x, const LaunchContext& context) {
   constexpr int kThreads = 128;
-  const int64_t n = w.size(0), k = 2 * w.size(1), pieces = n * k / 32;
+  const int64_t n = w.size(0), k = 2 * w.size(1), tail = n % 16, whole = n - tail, pieces = whole * k / 32;
+  const int64_t groups = w_scale.size(1);
   Tensor out = torch::stable::new_empty(x, {n, k});
   dequantize_int4_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
       static_cast<const uint4*>(w.const_data_ptr()), w_scale.const_data_ptr(), w_zero.const_data_ptr(),
       element_of(w_scale.scalar_type()), static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 64),
-      static_cast<int>(w_scale.size(1)));
+      static_cast<int>(groups));
+  if (tail > 0) {
+    const auto rows_of = [&](const Tensor& t, int64_t row_bytes) {
+      return static_cast<const char*>(t.const_data_ptr()) + whole * row_bytes;
+    };
+    const int64_t scale_bytes = groups * static_cast<int64_t>(w_scale.element_size());
+    dequantize_int4_kernel<float><<<dequantize_grid(tail, k / 8, kThreads), kThreads, 0, context.stream()>>>(
+        reinterpret_cast<const uint32_t*>(rows_of(w, k / 2)), rows_of(w_scale, scale_bytes),
+        rows_of(w_zero, scale_bytes), element_of(w_scale.scalar_type()),
+        static_cast<float*>(out.mutable_data_ptr()) + whole * k, tail, k, __builtin_ctzll(k / groups));
+  }
   check_launch(op);
   return out;
 }
@@ -136,11 +148,16 @@ Tensor dequantize_int4_tiles(const char* op, const Tensor& w, const Tensor& w_sc
 Tensor dequantize_int8_tiles(const char* op, const Tensor& w, const Tensor& w_scale, const Tensor& x,
                              const LaunchContext& context) {
   constexpr int kThreads = 128;
-  const int64_t n = w.size(0), k = w.size(1), pieces = n * k / 16;
+  const int64_t n = w.size(0), k = w.size(1), tail = n % 16, whole = n - tail, pieces = whole * k / 16;
   Tensor out = torch::stable::new_empty(x, {n, k});
+  const auto* scales = static_cast<const float*>(w_scale.const_data_ptr());
+  auto* values = static_cast<float*>(out.mutable_data_ptr());
   dequantize_int8_tiles_kernel<<<(pieces + kThreads - 1) / kThreads, kThreads, 0, context.stream()>>>(
-      static_cast<const uint4*>(w.const_data_ptr()), static_cast<const float*>(w_scale.const_data_ptr()),
-      static_cast<float*>(out.mutable_data_ptr()), pieces, static_cast<int>(k / 32));
+      static_cast<const uint4*>(w.const_data_ptr()), scales, values, pieces, static_cast<int>(k / 32));
+  if (tail > 0) {
+    dequantize_int8_kernel<float, 8><<<dequantize_grid(tail, k / 8, kThreads), kThreads, 0, context.stream()>>>(
+        static_cast<const int8_t*>(w.const_data_ptr()) + whole * k, scales + whole, values + whole * k, tail, k);
+  }
   check_launch(op);
   return out;
 }

@@ -1,17 +1,19 @@
 // Which kernel multiplies by weights in a tile layout, and how it is split: as a plan says (tile_plan.cuh), else by the
-// heuristics here, decode_matmul for few tokens and wgmma_matmul above.
+// heuristics here, decode_matmul for few tokens and wgmma_matmul above; tail_rows for the rows behind the tiles.
 #pragma once
 
 #include <array>
 
 #include "cuda/decode_matmul.cuh"
 #include "cuda/dependent_launch.cuh"
+#include "cuda/tail_rows.cuh"
 #include "cuda/tile_plan.cuh"
 #include "cuda/wgmma_matmul.cuh"
 
 namespace fastinfer {
 
-// What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128, N of 16.
+// What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128. The kernels for whole
+// tiles get it with N in multiples of 16; epilogue.y_stride stays that of y.
 struct TileProblem {
   const char* op;
   TileKind kind;
@@ -29,8 +31,8 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
                               const LaunchContext& context) {
   FASTINFER_CHECK(op, context.limits().capability == 90, "layout \"", layout,
                   "\" needs a GPU of compute capability 9.0; use \"row\"");
-  FASTINFER_CHECK(op, shape.n % 16 == 0 && shape.k % 128 == 0, "layout \"", layout,
-                  "\" needs N in multiples of 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
+  FASTINFER_CHECK(op, shape.n >= 16 && shape.k % 128 == 0, "layout \"", layout,
+                  "\" needs N of at least 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
 }
 
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
@@ -171,9 +173,28 @@ bool run_wgmma(const TileProblem& p, const TilePlan& asked, bool dependent, cons
   return true;
 }
 
+// ---- any number of tokens and rows ------------------------------------------------------------------------------------------
+
+inline void run_tail_rows(const TileProblem& p, int tail, const LaunchContext& context) {
+  const bool int4 = p.w_scale != nullptr;
+  TailArgs args;
+  args.x = p.x.const_data_ptr();
+  args.first_row = p.n - tail;
+  args.w = static_cast<const char*>(p.w) + int64_t(args.first_row) * (int4 ? p.k / 2 : p.k);
+  if (int4) {
+    const int64_t offset = int64_t(args.first_row) * p.groups * 2;  // scales and zero points are of 16 bits
+    args.w_scale = static_cast<const char*>(p.w_scale) + offset;
+    args.w_zero = static_cast<const char*>(p.w_zero) + offset;
+    args.scale_type = p.scale_type, args.groups = p.groups;
+    args.group_shift = __builtin_ctz(p.k / p.groups);
+  }
+  args.epilogue = p.epilogue;
+  args.m = p.m, args.k = p.k;
+  launch_tail_rows(p.op, args, p.x.scalar_type(), context);
+}
+
 template <class Decode, class Wgmma, typename Y>
-void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
-  const bool dependent = take_dependent_launch();
+void run_whole_tiles(const TileProblem& p, bool dependent, const LaunchContext& context) {
   const int group = p.kind == TileKind::kW4A16 ? p.k / p.groups : 0;
   const TilePlan plan = find_tile_plan(p.kind, group, p.m, p.n, p.k, context.limits());
   if (plan.kernel == TileKernel::kDecode && run_decode<Decode>(p, plan, dependent, context)) return;
@@ -182,6 +203,16 @@ void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
                   " ranks, shape ", plan.shape, ") cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
   if (run_decode<Decode>(p, {}, dependent, context)) return;
   run_wgmma<Wgmma, Y>(p, {}, dependent, context);
+}
+
+template <class Decode, class Wgmma, typename Y>
+void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
+  const bool dependent = take_dependent_launch();
+  const int tail = p.n % 16;
+  TileProblem whole = p;
+  whole.n -= tail, whole.epilogue.n -= tail;
+  run_whole_tiles<Decode, Wgmma, Y>(whole, dependent, context);
+  if (tail > 0) run_tail_rows(p, tail, context);
 }
 
 }  // namespace fastinfer

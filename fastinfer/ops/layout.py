@@ -18,7 +18,7 @@ LAYOUTS = (ROW, PANEL16, TILE_W4A16, TILE_W8A16, TILE_W8A8)
 PANEL = 16
 TILE_ROWS = 16
 TILE_COLUMNS = 128
-"""A tile layout takes rows and columns in multiples of these."""
+"""A tile layout takes columns in multiples of the second; rows that fill no tile stay in row order behind the others."""
 GATE_ROWS = 8
 """Rows of a gate that stand together, before as many that they are multiplied with: LAYOUTS.md#gate-up."""
 
@@ -44,8 +44,8 @@ def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.
         return ROW
     if device.type == "cpu":
         return PANEL16 if row_bytes % 4 == 0 else ROW
-    fits = n % TILE_ROWS == 0 and k % TILE_COLUMNS == 0 and n > 0 and k > 0
-    row = dtype == torch.float32 and kind != "w8a8"  # float weights have kernels for fp32 x in the row layout alone
+    fits = n >= TILE_ROWS and k % TILE_COLUMNS == 0 and k > 0
+    row = dtype == torch.float32 and kind != "w8a8"  # beside fp32 x there are kernels for rows alone
     if device.type != "cuda" or not fits or row:
         return ROW
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -83,13 +83,16 @@ def _cut(t: torch.Tensor, cut: tuple[dict[str, int], str], to_tile: bool) -> tor
 def _tile(t: torch.Tensor, layout: str, to_tile: bool) -> torch.Tensor:
     n = t.shape[0]
     columns = t.shape[1] * (2 if layout == TILE_W4A16 else 1)
-    if n % TILE_ROWS or (t.dtype == torch.int8 and columns % TILE_COLUMNS):
-        raise ValueError(f"layout {layout!r} takes rows in multiples of {TILE_ROWS} and columns of {TILE_COLUMNS}")
+    if n < TILE_ROWS or (t.dtype == torch.int8 and columns % TILE_COLUMNS):
+        raise ValueError(f"layout {layout!r} takes {TILE_ROWS} rows or more and columns in multiples of {TILE_COLUMNS}")
+    whole = t[: n - n % TILE_ROWS]
     if t.dtype != torch.int8:
-        return _cut(t, _SCALE_CUT, to_tile)
-    if layout == TILE_W4A16:
-        return pack_nibbles(_cut(unpack_nibbles(t), _CUTS[layout], to_tile))
-    return _cut(t, _CUTS[layout], to_tile)
+        tiles = _cut(whole, _SCALE_CUT, to_tile)
+    elif layout == TILE_W4A16:
+        tiles = pack_nibbles(_cut(unpack_nibbles(whole), _CUTS[layout], to_tile))
+    else:
+        tiles = _cut(whole, _CUTS[layout], to_tile)
+    return tiles if n % TILE_ROWS == 0 else torch.cat((tiles, t[len(tiles) :]))
 
 
 def _units(t: torch.Tensor) -> torch.Tensor:
@@ -135,7 +138,8 @@ def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor
         lane, rest = (c % 8 // 2, c % 16 // 8 * 4 + c % 2 * 2) if pairs else (c % 16 // 4, c % 4)
         column = c // 32 * 512 + lane * 16 + c % 32 // 16 * 8 + rest
         start = ids // TILE_ROWS * (TILE_ROWS * k) + ids % 8 * 64 + ids % TILE_ROWS // 8 * (1 if pairs else 4)
-        return w.view(-1)[start[..., None] + column]
+        in_tile = (ids < n - n % TILE_ROWS)[..., None]
+        return w.view(-1)[torch.where(in_tile, start[..., None] + column, (ids * k)[..., None] + c)]
     units = w.view(torch.int32).view(-1)
     whole, columns = n - n % PANEL, k // 4
     in_panel = ids < whole
