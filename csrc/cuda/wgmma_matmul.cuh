@@ -10,6 +10,9 @@
 //             stage:  x  kStageBlocks × [kTokens][128 bytes of k]        a block is 128 bytes of x along K
 //                     w  kStageBlocks × 4 · kConsumers row tiles
 //
+//           int4 weights of few tokens are multiplied unscaled: the sums of a group of k are scaled in fp32, and what the
+//           zero point adds is taken away with Σx of the group, which two idle warps of the copying warpgroup make.
+//           Above, an element of the result costs more to scale than one of the fragments does.
 //           The ranks of a cluster share a tile, each a slice of K; their sums meet in shared memory, added in their order.
 //           The members of a rank have neighbouring rows: each copies its part of x to all of them, which spares the L2.
 // Bound     memory below M ≈ 100, then wgmma
@@ -39,10 +42,14 @@ struct WgmmaArgs {
   int stages = 0;
 };
 
+// To the compiler, which keeps it in a uniform register then; a wgmma's descriptor is moved to one at a great price.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
+
 constexpr int kConsumerBarrier = 1;  // named barrier of the consumers
 
 // ---- weight formats -----------------------------------------------------------------------------------------------------
-// A block is kSteps wgmma steps. `Factors` is what a lane needs to make the fragments of a group of kGroup k.
+// A block is kSteps wgmma steps. `Factors` is what a lane needs of a group of kGroup k, to make its fragments or, where the
+// shape is by_group, to scale its sums.
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high);
@@ -59,9 +66,10 @@ __device__ __forceinline__ __half2 as_pair(__half, uint32_t v) { return as_half2
 __device__ __forceinline__ float low_of(__nv_bfloat16, uint32_t v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float low_of(__half, uint32_t v) { return __low2float(as_half2(v)); }
 
-// (q − zero) · scale, rounded to 16 bits once but for terms far below: the bits of q make the number e + q (e = 128 in
-// bf16, 1024 in fp16), e + zero is rounded to `offset`, whose difference to e + q is exact for zero points near q's range;
-// `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did.
+// In the fragments (q − zero) · scale, rounded to 16 bits once but for terms far below: the bits of q make the number e + q
+// (e = 128 in bf16, 1024 in fp16), e + zero is rounded to `offset`, whose difference to e + q is exact for zero points near
+// q's range; `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did.
+// By group the fragments are q + kInt4Offset, exactly, and a group's sum becomes scale · (sum + minus_zero · Σx).
 template <typename T, int kG>
 struct Int4Wgmma {
   using Element = T;
@@ -72,48 +80,45 @@ struct Int4Wgmma {
   static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
   static constexpr float kExponent = kBFloat16 ? 128.f : 1024.f;
 
-  struct RowFactors {
+  // Instructions a warp and group: kTokens + kTokens / 16 to scale its sums, 3/4 · kG more to scale in the fragments.
+  static constexpr bool by_group(int tokens) { return tokens * 2 <= kG; }
+
+  struct FragmentFactors {
     uint32_t offset, scale, scale_low, shift;  // pairs of equals
   };
+  struct SumFactors {
+    float scale, minus_zero;
+  };
+  template <bool kByGroup>
   struct Factors {
-    RowFactors row[2];  // g and g + 8
+    std::conditional_t<kByGroup, SumFactors, FragmentFactors> row[2];  // g and g + 8
   };
 
   // The factors of a warp's row tile, kChunkGroups groups at a time in shared memory of its own. While they are in use, the
   // scales and zero points of the next ones are on their way from memory; a lane makes the factors of four rows of a group.
+  template <bool kByGroup>
   struct Scales {
     static constexpr int kChunkGroups = 8, kChunkBlocks = kChunkGroups * kGroup / kBlockK;
-    static constexpr int kBytes = kChunkGroups * 16 * sizeof(RowFactors);
+    static constexpr int kRowBytes = sizeof(Factors<kByGroup>) / 2, kBytes = kChunkGroups * 16 * kRowBytes;
     const WgmmaArgs& args;
     uint32_t smem;
     int lane;
-    uint4 scale, zero;
+    uint2 scale, zero;  // four of a row tile's, 16-bit
 
     __device__ Scales(const WgmmaArgs& a, uint32_t to, int l) : args(a), smem(to), lane(l) {}
     __device__ __forceinline__ void prefetch(int row_tile, int block) {
       const int group = min(block * kBlockK / kGroup + lane / 4, args.groups - 1);
       const int64_t at = (int64_t(row_tile) * args.groups + group) * 4 + lane % 4;  // in fours
-      if (args.scale_type == fastinfer::Element::kFloat) {
-        scale = __ldg(static_cast<const uint4*>(args.w_scale) + at),
-        zero = __ldg(static_cast<const uint4*>(args.w_zero) + at);
-      } else {
-        const uint2 s = __ldg(static_cast<const uint2*>(args.w_scale) + at);
-        const uint2 z = __ldg(static_cast<const uint2*>(args.w_zero) + at);
-        scale.x = s.x, scale.y = s.y, zero.x = z.x, zero.y = z.y;
-      }
+      scale = __ldg(static_cast<const uint2*>(args.w_scale) + at);
+      zero = __ldg(static_cast<const uint2*>(args.w_zero) + at);
     }
-    __device__ __forceinline__ void widen(const uint4& v, float (&out)[4]) const {
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    __device__ __forceinline__ void widen(const uint2& v, float (&out)[4]) const {
+      const bool half = args.scale_type == fastinfer::Element::kHalf;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (args.scale_type == fastinfer::Element::kFloat) {
-          out[i] = __uint_as_float(words[i]);
-        } else if (args.scale_type == fastinfer::Element::kHalf) {
-          const float2 pair = __half22float2(as_half2(words[i / 2]));
-          out[i] = i % 2 == 0 ? pair.x : pair.y;
-        } else {
-          out[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = i == 0 ? v.x : v.y;
+        const float2 pair = half ? __half22float2(as_half2(word)) : __bfloat1622float2(as_bfloat162(word));
+        out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
       }
     }
     // At the start of every chunk: what was prefetched becomes current.
@@ -122,22 +127,38 @@ struct Int4Wgmma {
       widen(scale, s);
       widen(zero, z);
       __syncwarp();
+      const uint32_t to = smem + lane * 4 * kRowBytes;
+      if constexpr (kByGroup) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t offset = pack_pair<T>(z[i] + kExponent, z[i] + kExponent), high = pack_pair<T>(s[i], s[i]);
-        const float low = s[i] - low_of(T{}, high), shift = (low_of(T{}, offset) - kExponent - z[i]) * s[i];
-        store_smem16(smem + (lane * 4 + i) * static_cast<int>(sizeof(RowFactors)),
-                     {offset, high, pack_pair<T>(low, low), pack_pair<T>(shift, shift)});
+        for (int i = 0; i < 4; i += 2) {
+          store_smem16(to + i * kRowBytes,
+                       {__float_as_uint(s[i]), __float_as_uint(-z[i] - kInt4Offset<T>), __float_as_uint(s[i + 1]),
+                        __float_as_uint(-z[i + 1] - kInt4Offset<T>)});
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t offset = pack_pair<T>(z[i] + kExponent, z[i] + kExponent), high = pack_pair<T>(s[i], s[i]);
+          const float low = s[i] - low_of(T{}, high), shift = (low_of(T{}, offset) - kExponent - z[i]) * s[i];
+          store_smem16(to + i * kRowBytes, {offset, high, pack_pair<T>(low, low), pack_pair<T>(shift, shift)});
+        }
       }
       __syncwarp();
     }
     // Of a group of the chunk.
-    __device__ __forceinline__ Factors factors(int group) const {
-      Factors out;
+    __device__ __forceinline__ Factors<kByGroup> factors(int group) const {
+      Factors<kByGroup> out;
+      const uint32_t from = smem + (group * 16 + lane / 4 * 2) * kRowBytes;
+      if constexpr (kByGroup) {
+        const uint4 v = load_smem16(from);
+        out.row[0] = {__uint_as_float(v.x), __uint_as_float(v.y)};
+        out.row[1] = {__uint_as_float(v.z), __uint_as_float(v.w)};
+      } else {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint4 v = load_smem16(smem + (group * 16 + lane / 4 * 2 + row) * static_cast<int>(sizeof(RowFactors)));
-        out.row[row] = {v.x, v.y, v.z, v.w};
+        for (int row = 0; row < 2; ++row) {
+          const uint4 v = load_smem16(from + row * kRowBytes);
+          out.row[row] = {v.x, v.y, v.z, v.w};
+        }
       }
       return out;
     }
@@ -147,20 +168,24 @@ struct Int4Wgmma {
     const uint4 v = load_smem16(tile + lane * 16);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
-  static __device__ __forceinline__ void make_a(const uint32_t (&words)[4], int step, const Factors& factors,
+  static __device__ __forceinline__ void make_a(const uint32_t (&words)[4], int step, const Factors<false>& factors,
                                                 uint32_t (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // nibbles i and i + 4, of row g or g + 8
-      const RowFactors& f = factors.row[i % 2];
+      const FragmentFactors& f = factors.row[i % 2];
       const auto q = as_pair(T{}, lop3<kAndOr>(words[step] >> (4 * i), 0x000F000F, kMagic));
       const auto d = __hsub2(q, as_pair(T{}, f.offset));
       const auto low = __hfma2(d, as_pair(T{}, f.scale_low), as_pair(T{}, f.shift));
       a[i] = bits(__hfma2(d, as_pair(T{}, f.scale), low));
     }
   }
+  static __device__ __forceinline__ void make_unscaled_a(const uint32_t (&words)[4], int step, uint32_t (&a)[4]) {
+    int4x8_to_pairs<T>(words[step], a);
+  }
 };
 
 // int8 weights have one scale a row, which the epilogue multiplies by.
+template <bool kByGroup>
 struct NoScales {
   struct Factors {};
   static constexpr int kChunkBlocks = 1 << 30, kBytes = 0;
@@ -176,14 +201,17 @@ struct Int8Wgmma {
   using Accumulator = float;
   static constexpr int kSteps = 4, kTileBytes = 1024, kBlockK = 64, kGroup = 128;
   static constexpr bool kDirect = false;
-  using Factors = NoScales::Factors;
-  using Scales = NoScales;
+  static constexpr bool by_group(int) { return false; }
+  template <bool kByGroup>
+  using Factors = typename NoScales<kByGroup>::Factors;
+  template <bool kByGroup>
+  using Scales = NoScales<kByGroup>;
   static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[8]) {
     const uint4 v = load_smem16(tile + lane * 16), u = load_smem16(tile + 512 + lane * 16);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     words[4] = u.x, words[5] = u.y, words[6] = u.z, words[7] = u.w;
   }
-  static __device__ __forceinline__ void make_a(const uint32_t (&words)[8], int step, const Factors&,
+  static __device__ __forceinline__ void make_a(const uint32_t (&words)[8], int step, const Factors<false>&,
                                                 uint32_t (&a)[4]) {
     int8x4_to_interleaved_pairs<T>(words[2 * step], a[0], a[1]);
     int8x4_to_interleaved_pairs<T>(words[2 * step + 1], a[2], a[3]);
@@ -195,8 +223,11 @@ struct Int8x8Wgmma {
   using Accumulator = int32_t;
   static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
   static constexpr bool kDirect = true;  // what lies in shared memory is the fragments
-  using Factors = NoScales::Factors;
-  using Scales = NoScales;
+  static constexpr bool by_group(int) { return false; }
+  template <bool kByGroup>
+  using Factors = typename NoScales<kByGroup>::Factors;
+  template <bool kByGroup>
+  using Scales = NoScales<kByGroup>;
 };
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
@@ -204,8 +235,9 @@ struct Int8x8Wgmma {
 template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
 struct WgmmaMatmul {
   using Accumulator = typename Format::Accumulator;
-  using Scales = typename Format::Scales;
-  using Factors = typename Format::Factors;
+  static constexpr bool kByGroup = Format::by_group(kTokens);
+  using Scales = typename Format::template Scales<kByGroup>;
+  using Factors = typename Format::template Factors<kByGroup>;
   static constexpr int kThreads = 128 * (kConsumers + 1), kRowsPerCta = 64 * kConsumers, kTilesPerCta = 4 * kConsumers;
   static constexpr int kStageBlocks = kTokens < 256 ? 128 / Format::kBlockK : 1;  // of K
   static constexpr int kStageFactors =
@@ -222,13 +254,19 @@ struct WgmmaMatmul {
   static constexpr int kSumBytes = kRowsPerCta * kTokens * 4;  // where ranks split K
   static constexpr int kMaxStages = 8;
   static constexpr int kBatchSteps = kStageBlocks * Format::kSteps / 2;
+  // By group: the sums of x of a stage, and who leaves a stage, warps of consumers and those that sum.
+  static constexpr int kSumWarps = 2;
+  static constexpr int kXSumBytes = kByGroup ? kStageFactors * kTokens * 4 : 0;  // a stage
+  static constexpr int kPieceSteps = kConsumers > 2 && kTokens > 32 ? 2 : Format::kSteps;  // what registers allow
+  static constexpr int kLeavers = kByGroup ? 4 * kConsumers + kSumWarps : kConsumers;
 
   static __host__ __device__ int ring_bytes(int stages, int ranks) {
     const int ring = stages * kStageBytes;
     return ranks > 1 && ring < kSumBytes ? kSumBytes : ring;
   }
   static __host__ __device__ int smem_bytes(int stages, int ranks) {
-    return 1024 + ring_bytes(stages, ranks) + kOutBytes + kScaleBytes + 2 * kMaxStages * 8;
+    return 1024 + ring_bytes(stages, ranks) + kOutBytes + kScaleBytes +
+           kMaxStages * (kXSumBytes + 3 * 8);
   }
 
   struct Tile {
@@ -244,13 +282,13 @@ struct WgmmaMatmul {
     int begin, end;  // blocks of K
     bool gated;
     __device__ explicit Work(const WgmmaArgs& a) : args(a) {
-      const int size = cluster_size(), at = cluster_rank();
+      const int size = uniform(cluster_size()), at = uniform(cluster_rank());
       ranks = size / kMembers, rank = at / kMembers, member = at % kMembers;
-      first = blockIdx.x / size, step = gridDim.x / size;
+      first = uniform(blockIdx.x / size), step = uniform(gridDim.x / size);
       tiles = (a.row_blocks + kMembers - 1) / kMembers * a.token_tiles;
       const int units = a.blocks * Format::kBlockK / 128;  // K is split by 128, so that no group is
-      begin = units * rank / ranks * (128 / Format::kBlockK);
-      end = units * (rank + 1) / ranks * (128 / Format::kBlockK);
+      begin = uniform(units * rank / ranks) * (128 / Format::kBlockK);
+      end = uniform(units * (rank + 1) / ranks) * (128 / Format::kBlockK);
       gated = a.epilogue.gate != Gate::kNone;
     }
     __device__ __forceinline__ Tile tile(int index, int group) const {
@@ -259,7 +297,13 @@ struct WgmmaMatmul {
     }
   };
 
-  static __device__ void produce(const Work& work, uint32_t ring, uint32_t full, uint32_t empty) {
+  // mbarriers, one of each a stage.
+  struct Barriers {
+    uint32_t full, empty, summed;
+  };
+
+  static __device__ void produce(const Work& work, uint32_t ring, const Barriers& barriers) {
+    const uint32_t full = barriers.full, empty = barriers.empty;
     const WgmmaArgs& args = work.args;
     const auto copy_weights = [&](const Tile& tile, int block, int stage) {
 #pragma unroll
@@ -312,79 +356,221 @@ struct WgmmaMatmul {
     }
   }
 
-  static __device__ void consume(const Work& work, uint32_t ring, uint32_t out, uint32_t scale_smem, uint32_t full,
-                                 uint32_t empty) {
-    const WgmmaArgs& args = work.args;
-    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
-    const auto release = [&](int stage) {
-      if constexpr (kMembers == 1) {
-        if (thread == 0) mbarrier_arrive(empty + stage * 8);
-      } else {
-        if (thread < kMembers) mbarrier_arrive_at(empty + stage * 8, work.rank * kMembers + thread);
+  // Σx of every group and token of a stage, by mma against ones, sixteen tokens at a time: tokens 8j + 2t and + 1 lie beside
+  // those of the next j, as a consumer's lane reads them.
+  static __device__ void sum_x(const Work& work, uint32_t ring, uint32_t x_sums, const Barriers& barriers) {
+    using T = typename Format::Element;
+    constexpr int kGroupSteps = Format::kGroup / 16, kTiles = kTokens / 16 / kSumWarps;
+    static_assert(kTokens % (16 * kSumWarps) == 0);
+    const int first = (threadIdx.x / 32 - 1) * kTiles, lane = threadIdx.x % 32, row = lane % 8;
+    // Of the four matrices of a fragment the second and fourth are of tokens 8 … 15, the third and fourth of k 8 … 15.
+    const uint32_t from = ring + first * 2048 + lane / 8 % 2 * 1024 + row * 128 + ((lane / 16) ^ row) * 16;
+    const uint32_t to = x_sums + first * 64 + lane / 8 * 16 + lane / 4 % 2 * 4 + lane % 4 * 8;
+    RingPosition at;
+    for (int index = work.first; index < work.tiles; index += work.step) {
+      for (int block = work.begin; block < work.end; block += kStageBlocks) {
+        mbarrier_wait(barriers.full + at.stage * 8, at.parity);
+#pragma unroll
+        for (int group = 0; group < kStageFactors; ++group) {
+          float sums[kTiles][4] = {};
+#pragma unroll
+          for (int k = group * kGroupSteps; k < (group + 1) * kGroupSteps; ++k) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              uint32_t x[4];
+              load_matrices(x, ((from + at.stage * kStageBytes) ^ (k % 4 * 32)) + k / 4 * kXBytes + i * 2048);
+              mma_m16n8k16<T>(sums[i], x, kOnes<T>, kOnes<T>);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {  // every column is the same: two lanes store a row and the one eight below
+            const uint32_t sum_at = to + at.stage * kXSumBytes + group * kTokens * 4 + i * 64;
+            if (lane % 4 < 2) store_smem_float(sum_at, lane % 4 == 0 ? sums[i][0] : sums[i][2]);
+          }
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(barriers.summed + at.stage * 8);
+        leave_stage(work, barriers.empty + at.stage * 8, lane);
+        at.advance(work.args.stages);
+      }
+    }
+  }
+
+  // The first of the threads that leave a stage together tells those that fill it.
+  static __device__ __forceinline__ void leave_stage(const Work& work, uint32_t empty, int thread) {
+    if constexpr (kMembers == 1) {
+      if (thread == 0) mbarrier_arrive(empty);
+    } else {
+      if (thread < kMembers) mbarrier_arrive_at(empty, work.rank * kMembers + thread);
+    }
+  }
+
+  // A tile's sums by group. The fragments of a piece are made while the tensor cores work on the one before;
+  // while a group's sums are scaled they work for the other warpgroups.
+  static __device__ __forceinline__ void multiply_by_group(const Work& work, uint32_t ring, uint32_t my_words,
+                                                           uint32_t x_sums, const Barriers& barriers, Scales& scales,
+                                                           int row_tile, RingPosition& at,
+                                                           float (&sums)[kTokens / 2]) {
+    static_assert(kStageBlocks == 2 && kStageFactors <= 2);
+    constexpr int kSteps = kPieceSteps, kPieces = kStageBlocks * Format::kSteps / kSteps;
+    constexpr int kBlockPieces = Format::kSteps / kSteps, kGroupPieces = kPieces / kStageFactors;
+    const int lane = threadIdx.x % 32;
+    const uint64_t x_descriptor = matrix_descriptor(ring);
+    uint32_t a[2][kSteps][4], words[kWords];
+    float part[kTokens / 2];
+    const auto load = [&](int stage, int i) {
+      Format::load_words(my_words + stage * kStageBytes + i * kWeightBytes, lane, words);
+    };
+    const auto make = [&](int piece) {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        Format::make_unscaled_a(words, piece % kBlockPieces * kSteps + j, a[piece % 2][j]);
       }
     };
+    const auto multiply = [&](int piece) {
+      const int i = piece / kBlockPieces, first = piece % kBlockPieces * kSteps;
+      const uint64_t b = x_descriptor + (at.stage * kStageBytes + i * kXBytes) / 16 + first * 2;
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        wgmma<typename Format::Element, kTokens>(part, a[piece % 2][j], b + j * 2, piece % kGroupPieces > 0 || j > 0);
+      }
+      wgmma_commit();
+    };
+    const auto scale = [&](int chunk_group, int i) {
+      const Factors factors = scales.factors(chunk_group);
+      const uint32_t from = x_sums + at.stage * kXSumBytes + i * kTokens * 4 + lane % 4 * 16;
+#pragma unroll
+      for (int j = 0; j < kTokens / 16; ++j) {
+        const uint4 v = load_smem16(from + j * 64);
+        const float x[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const auto& f = factors.row[c / 2 % 2];
+          float& sum = sums[8 * j + c];
+          sum = fmaf(f.scale, fmaf(f.minus_zero, x[c / 4 * 2 + c % 2], part[8 * j + c]), sum);
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+    mbarrier_wait(barriers.full + at.stage * 8, at.parity);
+    load(at.stage, 0);
+    make(0);
+    int chunk_group = 0;
+    for (int block = work.begin; block < work.end; block += kStageBlocks) {
+      // The first fragments after the last stage's are made of that stage again, and not multiplied.
+      const bool last = block + kStageBlocks >= work.end;
+      RingPosition next = at;
+      next.advance(work.args.stages);
+      next.stage = last ? at.stage : next.stage, next.parity = last ? at.parity : next.parity;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        multiply(piece);
+        if (piece == 0 && chunk_group == 0) {
+          scales.turn();
+          const int ahead = block + Scales::kChunkBlocks;
+          if (ahead < work.end) scales.prefetch(row_tile, ahead);
+        }
+        const int then = (piece + 1) % kPieces;
+        if (then == 0) mbarrier_wait(barriers.full + next.stage * 8, next.parity);
+        if (then % kBlockPieces == 0) load(then == 0 ? next.stage : at.stage, then / kBlockPieces);
+        if (piece > 0) wgmma_wait<1>();  // who read the fragments that are made next
+        make(then);
+        if ((piece + 1) % kGroupPieces == 0) {
+          mbarrier_wait(barriers.summed + at.stage * 8, at.parity);
+          wgmma_wait<0>();
+          scale(chunk_group + piece / kGroupPieces, piece / kGroupPieces);
+        }
+      }
+      leave_stage(work, barriers.empty + at.stage * 8, lane);
+      chunk_group = (chunk_group + kStageFactors) % Scales::kChunkGroups;
+      at.advance(work.args.stages);
+    }
+  }
+
+  // A tile's sums where the fragments are what is scaled.
+  static __device__ __forceinline__ void multiply(const Work& work, uint32_t ring, uint32_t my_words,
+                                                  const Barriers& barriers, Scales& scales, int row_tile,
+                                                  RingPosition& at, Accumulator (&sums)[kTokens / 2]) {
+    const WgmmaArgs& args = work.args;
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    uint32_t a[2][kBatchSteps][4];
+    int last_stage = -1;
+    for (int block = work.begin; block < work.end; block += kStageBlocks) {
+      const int chunk_block = (block - work.begin) % Scales::kChunkBlocks;
+      if (chunk_block == 0) {
+        scales.turn();
+        const int ahead = block + Scales::kChunkBlocks;
+        if (ahead < work.end) scales.prefetch(row_tile, ahead);
+      }
+      Factors factors[kStageFactors];
+#pragma unroll
+      for (int i = 0; i < kStageFactors; ++i) {
+        factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
+      }
+      mbarrier_wait(barriers.full + at.stage * 8, at.parity);
+      const uint32_t from = my_words + at.stage * kStageBytes;
+      uint32_t words[kStageBlocks][kWords];
+      if constexpr (!Format::kDirect) {
+#pragma unroll
+        for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
+      }
+      // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
+      // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
+#pragma unroll
+      for (int batch = 0; batch < 2; ++batch) {
+#pragma unroll
+        for (int j = 0; j < kBatchSteps; ++j) {
+          const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
+          if constexpr (Format::kDirect) {
+            const uint4 v = load_smem16(from + i * kWeightBytes + step * 512 + lane * 16);
+            a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
+          } else {
+            constexpr int kStepK = Format::kBlockK / Format::kSteps;
+            Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+          }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < kBatchSteps; ++j) {
+          const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
+          const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes) + step * 2;
+          wgmma<typename Format::Element, kTokens>(sums, a[batch][j], b, block > work.begin || s > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the other batch is done, and its fragments free
+        if (batch == 0 && last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+      }
+      last_stage = at.stage;
+      at.advance(args.stages);
+    }
+    wgmma_wait<0>();
+    if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+  }
+
+  static __device__ void consume(const Work& work, uint32_t ring, uint32_t out, uint32_t scale_smem, uint32_t x_sums,
+                                 const Barriers& barriers) {
+    const WgmmaArgs& args = work.args;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
     Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
     const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
     RingPosition at;
-    uint32_t a[2][kBatchSteps][4];
     Accumulator sums[kTokens / 2];
-    Tile tile = work.tile(work.first, group);
-    if (work.first < work.tiles) scales.prefetch(my_tile(tile), work.begin);
+    if (work.first < work.tiles) scales.prefetch(my_tile(work.tile(work.first, group)), work.begin);
     wait_for_previous_kernel();
     for (int index = work.first; index < work.tiles; index += work.step) {
-      const Tile next = work.tile(min(index + work.step, work.tiles - 1), group);
-      int last_stage = -1;
-      for (int block = work.begin; block < work.end; block += kStageBlocks) {
-        const int chunk_block = (block - work.begin) % Scales::kChunkBlocks;
-        if (chunk_block == 0) {
-          scales.turn();
-          const int ahead = block + Scales::kChunkBlocks;
-          ahead < work.end ? scales.prefetch(my_tile(tile), ahead) : scales.prefetch(my_tile(next), work.begin);
-        }
-        Factors factors[kStageFactors];
-#pragma unroll
-        for (int i = 0; i < kStageFactors; ++i) {
-          factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
-        }
-        mbarrier_wait(full + at.stage * 8, at.parity);
-        const uint32_t from = my_words + at.stage * kStageBytes;
-        uint32_t words[kStageBlocks][kWords];
-        if constexpr (!Format::kDirect) {
-#pragma unroll
-          for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
-        }
-        // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
-        // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
-#pragma unroll
-        for (int batch = 0; batch < 2; ++batch) {
-#pragma unroll
-          for (int j = 0; j < kBatchSteps; ++j) {
-            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-            if constexpr (Format::kDirect) {
-              const uint4 v = load_smem16(from + i * kWeightBytes + step * 512 + lane * 16);
-              a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
-            } else {
-              constexpr int kStepK = Format::kBlockK / Format::kSteps;
-              Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
-            }
-          }
-          wgmma_fence();
-#pragma unroll
-          for (int j = 0; j < kBatchSteps; ++j) {
-            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-            const uint64_t b = matrix_descriptor(ring + at.stage * kStageBytes + i * kXBytes) + step * 2;
-            wgmma<typename Format::Element, kTokens>(sums, a[batch][j], b, block > work.begin || s > 0);
-          }
-          wgmma_commit();
-          wgmma_wait<1>();  // the other batch is done, and its fragments free
-          if (batch == 0 && last_stage >= 0) release(last_stage);
-        }
-        last_stage = at.stage;
-        at.advance(args.stages);
+      const Tile tile = work.tile(index, group);
+      if constexpr (kByGroup) {
+        multiply_by_group(work, ring, my_words, x_sums, barriers, scales, my_tile(tile), at, sums);
+      } else {
+        multiply(work, ring, my_words, barriers, scales, my_tile(tile), at, sums);
       }
-      wgmma_wait<0>();
-      if (last_stage >= 0) release(last_stage);
+      const auto prefetch_next = [&] {
+        if (index + work.step < work.tiles) scales.prefetch(my_tile(work.tile(index + work.step, group)), work.begin);
+      };
+      if (kConsumers == 2) prefetch_next();
       if (work.ranks > 1) {
         combine(work, ring, out, tile, sums);
       } else {
@@ -394,7 +580,7 @@ struct WgmmaMatmul {
         });
       }
       __syncwarp();  // the stores return lane by lane, and aligned instructions follow
-      tile = next;
+      if (kConsumers > 2) prefetch_next();  // no registers for it before
     }
   }
 
@@ -524,37 +710,41 @@ struct WgmmaMatmul {
 
   static __device__ void run(const WgmmaArgs& args) {
     extern __shared__ unsigned char smem[];
-    const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;  // the swizzle's period
+    const uint32_t ring = uniform((smem_address(smem) + 1023) / 1024 * 1024);  // the swizzle's period
     const Work work(args);
     const uint32_t out = ring + ring_bytes(args.stages, work.ranks), scale_smem = out + kOutBytes;
-    const uint32_t full = scale_smem + kScaleBytes, empty = full + kMaxStages * 8;
+    const uint32_t x_sums = scale_smem + kScaleBytes, full = x_sums + kMaxStages * kXSumBytes;
+    const Barriers barriers{full, full + kMaxStages * 8, full + 2 * kMaxStages * 8};
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&args.x_map);
       prefetch_tensor_map(&args.w_map);
       for (int s = 0; s < args.stages; ++s) {
-        mbarrier_init(full + s * 8, 1);
-        mbarrier_init(empty + s * 8, kConsumers * kMembers);
+        mbarrier_init(barriers.full + s * 8, 1);
+        mbarrier_init(barriers.empty + s * 8, kLeavers * kMembers);
+        if constexpr (kByGroup) mbarrier_init(barriers.summed + s * 8, kSumWarps);
       }
       mbarrier_init_fence();
     }
-    const bool clustered = work.ranks * kMembers > 1;
-    if (clustered) {
+    if (cluster_size() > 1) {
       cluster_sync();
     } else {
       __syncthreads();
     }
     let_next_kernel_start();
-    // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 112 · 512 ≤ 96 · 640.
+    // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 32 · 128 + 112 · 512 ≤ 96 · 640.
     if (threadIdx.x < 128) {
-      give_registers<kConsumers == 2 ? 40 : 24>();
-      if (threadIdx.x == 0) produce(work, ring, full, empty);
+      give_registers<kConsumers == 2 ? 40 : 32>();
+      if (threadIdx.x == 0) produce(work, ring, barriers);
+      if constexpr (kByGroup) {
+        if (threadIdx.x / 32 - 1 < kSumWarps) sum_x(work, ring, x_sums, barriers);
+      }
       __syncwarp();
       if (work.ranks > 1) cluster_sync();  // the consumers' in combine
     } else {
       take_registers<kConsumers == 2 ? 232 : 112>();
-      consume(work, ring, out, scale_smem, full, empty);
+      consume(work, ring, out, scale_smem, x_sums, barriers);
     }
-    if (clustered) cluster_sync();  // nobody leaves while the others read its sums or arrive on its barriers
+    if (cluster_size() > 1) cluster_sync();  // nobody leaves while the others read its sums or arrive on its barriers
   }
 };
 
