@@ -194,9 +194,7 @@ inline void run_tail_rows(const TileProblem& p, int tail, const LaunchContext& c
 }
 
 template <class Decode, class Wgmma, typename Y>
-void run_whole_tiles(const TileProblem& p, bool dependent, const LaunchContext& context) {
-  const int group = p.kind == TileKind::kW4A16 ? p.k / p.groups : 0;
-  const TilePlan plan = find_tile_plan(p.kind, group, p.m, p.n, p.k, context.limits());
+void run_whole_tiles(const TileProblem& p, const TilePlan& plan, bool dependent, const LaunchContext& context) {
   if (plan.kernel == TileKernel::kDecode && run_decode<Decode>(p, plan, dependent, context)) return;
   if (plan.kernel == TileKernel::kWgmma && run_wgmma<Wgmma, Y>(p, plan, dependent, context)) return;
   FASTINFER_CHECK(p.op, !plan.forced, "the forced plan (kernel ", static_cast<int>(plan.kernel), ", ", plan.ranks,
@@ -208,10 +206,11 @@ void run_whole_tiles(const TileProblem& p, bool dependent, const LaunchContext& 
 template <class Decode, class Wgmma, typename Y>
 void run_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   const bool dependent = take_dependent_launch();
-  const int tail = p.n % 16;
+  const int group = p.kind == TileKind::kW4A16 ? p.k / p.groups : 0, tail = p.n % 16;
+  const TilePlan plan = find_tile_plan(p.kind, group, p.m, p.n, p.k, context.limits());
   TileProblem whole = p;
   whole.n -= tail, whole.epilogue.n -= tail;
-  run_whole_tiles<Decode, Wgmma, Y>(whole, dependent, context);
+  run_whole_tiles<Decode, Wgmma, Y>(whole, plan, dependent, context);
   if (tail > 0) run_tail_rows(p, tail, context);
 }
 
