@@ -4,18 +4,20 @@
 // Requires  sm90; K in whole units of the format; 16-byte aligned operands
 // Mapping   weights are the mma's 16-row operand, tokens its columns. A unit is 16 rows × kUnitK columns, 1024 bytes: two
 //           16-byte pieces a lane, each lane copying what it multiplies itself. So every warp has a ring of its own and
-//           meets the others only when sums are added. The ranks of a cluster split K, and so do the warps of a CTA
-//           (all of them, or fewer that then take different row tiles); x of the CTA's slice stays in shared memory.
+//           meets the others only where sums are added. The ranks of a cluster split K; x of a rank's slice stays in its
+//           shared memory. Within a CTA k_warps warps share a row tile, unit by unit in turn, the others take other tiles:
 //
 //              K →      rank 0              rank 1            cluster c takes row tiles c, c + clusters, …
 //                   ┌────┬────┬────┐   ┌────┬────┬────┐
-//              N ↓  │ w0 │ w1 │ …  │   │ w0 │ w1 │ …  │       wi: every 8th unit, warp i
+//              N ↓  │ w0 │ w1 │ w0 │   │ w0 │ w1 │ w0 │       k_warps = 2; wi: unit of warp i
+//                   ├────┼────┼────┤   ├────┼────┼────┤
+//                   │ w2 │ w3 │ w2 │   │ w2 │ w3 │ w2 │
 //                   └────┴────┴────┘   └────┴────┴────┘
 //
-//           Every `set` of row tiles the warps' sums meet in slots of shared memory and are added up in their order; with
-//           several ranks each sends its sums to the one that owns them, which adds up at the end, in order too.
-//           Where a warp has few units of a row tile, it keeps their x in registers (kHeld units).
-//           The rings are filled before the previous kernel has finished (dependent launch): weights do not depend on it.
+//           Where warps share tiles their sums meet in slots of shared memory, every `set` of tiles, and are added up in
+//           their order. With several ranks each sends its sums to the one that owns them, which adds up at the end, in
+//           order too. The rings are filled before the previous kernel has finished (dependent launch): weights do not
+//           depend on it.
 // Bound     memory: weights + scales
 // Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py
 #pragma once
@@ -43,11 +45,12 @@ struct DecodeArgs {
   int entries = 0, longer = 0;                    // row-tile groups of a cluster; how many clusters have one more
   int rank_shift = 0, k_shift = 0, set_shift = 0;  // log2 of: ranks, warps along K, entries of a warp in a set
   int x_pitch = 0;                                // bytes from token to token in shared memory
-  int smem_x = 0, smem_slots = 0, smem_kept = 0;  // offsets; the rings come first
+  int smem_x = 0, smem_sums = 0, smem_slots = 0, smem_kept = 0;  // offsets; the rings come first
 };
 
 // ---- weight formats: what a unit is in memory and how it is multiplied ----------------------------------------------
-// Cursor: where a lane's share of a unit is; copy() brings it to a stage of a ring and goes `step` units on.
+// Source: where the weights are. seek() makes the position of a lane's share of a unit, advance() goes `step` units on in the
+//         same row tile, copy() brings the unit to a stage of a ring.
 // Tokens: what a lane holds of a unit's x; load() takes it from where the lane reads each token tile.
 // multiply: adds the units of kTiles row tiles, one every kStageBytes of the stage, times x to `sums`.
 
@@ -66,22 +69,24 @@ __device__ __forceinline__ void load_steps(uint32_t (&b)[kSteps][2], uint32_t x)
 template <int kTokenTiles, int kSteps>
 struct PlainTokens {
   uint32_t b[kTokenTiles][kSteps][2];
-  __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
+  __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles], uint32_t, int) {
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) load_steps(b[tile], x[tile]);
   }
 };
 
-// A unit in one piece.
-struct PieceCursor {
-  const unsigned char* w;
-  PieceCursor() = default;
-  __device__ __forceinline__ PieceCursor(const DecodeArgs& args, int tile, int unit, int lane)
-      : w(args.w + int64_t(tile * args.units + unit) * kPieces + lane * 16) {}
-  __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
-    copy16_stream(stage + lane * 16, w);
-    copy16_stream(stage + 512 + lane * 16, w + 512);
-    w += step * kPieces;
+// A tile layout: units one after the other.
+struct TileSource {
+  using Position = int;
+  const unsigned char* w;  // of this lane
+  int units;
+  __device__ __forceinline__ TileSource(const DecodeArgs& args, int lane) : w(args.w + lane * 16), units(args.units) {}
+  __device__ __forceinline__ void seek(int& at, int tile, int unit) const { at = tile * units + unit; }
+  __device__ __forceinline__ void advance(int& at, int step) const { at += step; }
+  __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
+    const unsigned char* from = w + int64_t(at) * kPieces;
+    copy16_stream(stage + lane * 16, from);
+    copy16_stream(stage + 512 + lane * 16, from + 512);
   }
 };
 
@@ -91,24 +96,25 @@ struct Int4Decode {
   using Accumulator = float;
   static constexpr int kUnitK = 128, kUnitXBytes = 256, kGroups = kUnitK / kGroup, kSteps = kGroup / 16;
   static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
+  // Σ x of a unit's groups: with few tokens each warp makes them as it goes, which costs less than to wait for them.
+  template <int kTokenTiles>
+  static constexpr bool kSumsAhead = kTokenTiles > 1;
+  template <int kTokenTiles>
+  static constexpr int kSumBytes = kSumsAhead<kTokenTiles> ? kTokenTiles * kGroups * 32 : 0;
 
-  struct Cursor : PieceCursor {
-    const unsigned char *scale, *zero;
-    Cursor() = default;
-    __device__ __forceinline__ Cursor(const DecodeArgs& args, int tile, int unit, int lane)
-        : PieceCursor(args, tile, unit, lane) {  // rows g and g + 8 are side by side
-      const int64_t pair = int64_t(tile * args.units + unit) * (kGroups * 32) + lane / 4 * 4;
-      scale = args.w_scale + pair, zero = args.w_zero + pair;
-    }
-    __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
-      PieceCursor::copy(stage, lane, step);
+  struct Source : TileSource {
+    const unsigned char *scale, *zero;  // of rows g and g + 8, which are side by side
+    __device__ __forceinline__ Source(const DecodeArgs& args, int lane)
+        : TileSource(args, lane), scale(args.w_scale + lane / 4 * 4), zero(args.w_zero + lane / 4 * 4) {}
+    __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
+      TileSource::copy(stage, at, lane);
+      const int64_t pairs = int64_t(at) * (kGroups * 32);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const uint32_t to = stage + kPieces + group * 256 + lane * 4;
-        copy4(to, scale + group * 32);
-        copy4(to + 128, zero + group * 32);
+        copy4(to, scale + pairs + group * 32);
+        copy4(to + 128, zero + pairs + group * 32);
       }
-      scale += step * (kGroups * 32), zero += step * (kGroups * 32);
     }
   };
 
@@ -122,7 +128,22 @@ struct Int4Decode {
   struct Tokens {
     uint32_t b[kTokenTiles][8][2];           // of the unit's mma steps
     float sum[kTokenTiles][kGroups][2];      // Σ x over each group, of this lane's two tokens
-    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
+    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles], uint32_t sums, int lane) {
+      if constexpr (kSumsAhead<kTokenTiles>) {
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          load_steps(b[tile], x[tile]);
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) {
+            const float2 v = load_smem_float2(sums + (tile * kGroups + group) * 32 + lane % 4 * 8);
+            sum[tile][group][0] = v.x, sum[tile][group][1] = v.y;
+          }
+        }
+      } else {
+        load_and_sum(x);
+      }
+    }
+    __device__ __forceinline__ void load_and_sum(const uint32_t (&x)[kTokenTiles]) {
       const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; ++tile) {
@@ -137,6 +158,20 @@ struct Int4Decode {
       }
     }
   };
+
+  // Of one unit to where load() looks for them.
+  template <int kTokenTiles>
+  static __device__ __forceinline__ void store_sums(const uint32_t (&x)[kTokenTiles], uint32_t sums, int lane) {
+    Tokens<kTokenTiles> tokens;
+    tokens.load_and_sum(x);
+    if (lane >= 4) return;
+#pragma unroll
+    for (int i = 0; i < kTokenTiles * kGroups; ++i) {
+      const float(&sum)[2] = tokens.sum[i / kGroups][i % kGroups];
+      store_smem_float(sums + i * 32 + lane * 8, sum[0]);
+      store_smem_float(sums + i * 32 + lane * 8 + 4, sum[1]);
+    }
+  }
 
   template <int kTiles, int kTokenTiles>
   static __device__ __forceinline__ void multiply(const DecodeArgs& args, uint32_t stage, const Tokens<kTokenTiles>& x,
@@ -190,9 +225,14 @@ struct Int4Decode {
   }
 };
 
-struct Int8Units {  // what int8 weights are in memory, whatever they are multiplied by
+struct NoSums {
+  template <int kTokenTiles>
+  static constexpr int kSumBytes = 0;
+};
+
+struct Int8Units : NoSums {  // what int8 weights are in memory, whatever they are multiplied by
   static constexpr int kUnitK = 64, kStageBytes = kPieces;
-  using Cursor = PieceCursor;
+  using Source = TileSource;
 };
 
 template <typename T>
@@ -256,34 +296,38 @@ struct Int8x8Decode : Int8Units {
 // Weights that are not packed: rows of 16-bit elements. A dot product may visit k in any order, so a lane takes eight
 // neighbours of rows g and g + 8 with one access each, and the same eight of a token.
 template <typename T>
-struct RowsDecode {
+struct RowsDecode : NoSums {
   using Element = T;
   using Accumulator = float;
   static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kPieces;
 
-  struct Cursor {
-    const unsigned char* w[2];
-    Cursor() = default;
-    __device__ __forceinline__ Cursor(const DecodeArgs& args, int tile, int unit, int lane) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // rows past the end repeat the last one and are dropped at the end
-        const int row = min(tile * 16 + lane / 4 + 8 * half, args.last_row);
-        w[half] = args.w + row * args.w_stride + unit * kUnitXBytes + lane % 4 * 16;
-      }
-    }
-    __device__ __forceinline__ void copy(uint32_t stage, int lane, int step) {
+  struct Source {
+    struct Position {
+      const unsigned char* w[2];  // rows g and g + 8; past the end the last row, whose repetitions are dropped
+    };
+    const DecodeArgs& args;
+    int row, column;  // of this lane
+    __device__ __forceinline__ Source(const DecodeArgs& a, int lane) : args(a), row(lane / 4), column(lane % 4 * 16) {}
+    __device__ __forceinline__ void seek(Position& at, int tile, int unit) const {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        copy16_stream(stage + half * 512 + lane * 16, w[half]);
-        w[half] += step * kUnitXBytes;
+        at.w[half] = args.w + min(tile * 16 + row + 8 * half, args.last_row) * args.w_stride + unit * kUnitXBytes + column;
       }
+    }
+    __device__ __forceinline__ void advance(Position& at, int step) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) at.w[half] += step * kUnitXBytes;
+    }
+    __device__ __forceinline__ void copy(uint32_t stage, const Position& at, int lane) const {
+      copy16_stream(stage + lane * 16, at.w[0]);
+      copy16_stream(stage + 512 + lane * 16, at.w[1]);
     }
   };
 
   template <int kTokenTiles>
   struct Tokens {
     uint4 b[kTokenTiles];
-    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles]) {
+    __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles], uint32_t, int) {
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; ++tile) b[tile] = load_smem16(x[tile]);
     }
@@ -312,7 +356,7 @@ constexpr bool kIsRows<RowsDecode<T>> = true;
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
 
-template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
 struct DecodeMatmul {
   using Accumulator = typename Format::Accumulator;
   static constexpr int kThreads = 32 * kWarps, kLogWarps = kWarps == 16 ? 4 : 3;
@@ -322,50 +366,57 @@ struct DecodeMatmul {
   static constexpr int kRingBytes = kWarps * kDepth * kStageBytes;
   static_assert(sizeof(Accumulator) == 4);
 
+  static constexpr int kSumBytes = Format::template kSumBytes<kTokenTiles>;
+
   // What a warp works on. Entries are groups of kTiles row tiles: the cluster's first one is `cluster`, its next ones
   // every `clusters`; the warps of one place along K take them in turn.
   struct Work {
     int ranks, rank, cluster, clusters, entries;
-    int slice, begin, count;           // first unit of the CTA; first unit of this warp and how many, every k_warps
+    int slice, units;      // first unit and units of the CTA
+    int begin, count;      // first unit of this warp, and how many, every k_warps
     int k_warps, k_warp, row_warps, row_warp, row_shift;
     __device__ Work(const DecodeArgs& args, int warp) {
       ranks = 1 << args.rank_shift, rank = blockIdx.x & (ranks - 1);
       cluster = blockIdx.x >> args.rank_shift, clusters = gridDim.x >> args.rank_shift;
-      entries = args.entries + (cluster < args.longer ? 1 : 0);
-      k_warps = 1 << args.k_shift, k_warp = warp & (k_warps - 1);
-      row_warps = kWarps >> args.k_shift, row_warp = warp >> args.k_shift, row_shift = kLogWarps - args.k_shift;
-      slice = args.units * rank >> args.rank_shift;
-      const int units = (args.units * (rank + 1) >> args.rank_shift) - slice;
-      begin = slice + k_warp;
-      count = (units - k_warp + k_warps - 1) >> args.k_shift;
+      entries = kept(args.entries + (cluster < args.longer ? 1 : 0));
+      k_warps = kept(1 << args.k_shift), k_warp = warp & (k_warps - 1);
+      row_shift = kLogWarps - args.k_shift, row_warps = kept(1 << row_shift), row_warp = warp >> args.k_shift;
+      slice = kept(args.units * rank >> args.rank_shift);
+      units = (args.units * (rank + 1) >> args.rank_shift) - slice;
+      begin = kept(slice + k_warp), count = kept((units - k_warp + k_warps - 1) >> args.k_shift);
     }
-    __device__ __forceinline__ int tile(int entry, int part) const {
-      return (cluster + entry * clusters) * kTiles + part;
+    // The compiler would rather work it out again at every use, in the inner loop.
+    static __device__ __forceinline__ int kept(int v) {
+      asm volatile("" : "+r"(v));
+      return v;
     }
+    __device__ __forceinline__ int tile(int entry, int part) const { return (cluster + entry * clusters) * kTiles + part; }
   };
 
   // Copies the warp's units one after the other, entry by entry.
   struct Producer {
     const DecodeArgs& args;
     const Work& work;
+    const typename Format::Source source;
     int lane, entry, left;
-    typename Format::Cursor at[kTiles];
+    typename Format::Source::Position at[kTiles];
 
     __device__ __forceinline__ Producer(const DecodeArgs& a, const Work& w, int l)
-        : args(a), work(w), lane(l), entry(w.row_warp), left(w.count) {
+        : args(a), work(w), source(a, l), lane(l), entry(w.row_warp), left(w.count) {
       seek();
     }
     __device__ __forceinline__ void seek() {
 #pragma unroll
-      for (int a = 0; a < kTiles; ++a) {
-        at[a] = typename Format::Cursor(args, min(work.tile(entry, a), args.last_tile), work.begin, lane);
-      }
+      for (int a = 0; a < kTiles; ++a) source.seek(at[a], min(work.tile(entry, a), args.last_tile), work.begin);
     }
     // A copy group is committed even when there is no more to copy: the warp counts them.
     __device__ __forceinline__ void copy_next(uint32_t stage) {
       if (entry < work.entries) {
 #pragma unroll
-        for (int a = 0; a < kTiles; ++a) at[a].copy(stage + a * Format::kStageBytes, lane, work.k_warps);
+        for (int a = 0; a < kTiles; ++a) {
+          source.copy(stage + a * Format::kStageBytes, at[a], lane);
+          source.advance(at[a], work.k_warps);
+        }
         if (--left == 0) {
           left = work.count, entry += work.row_warps;
           seek();
@@ -377,7 +428,7 @@ struct DecodeMatmul {
 
   // The slice of every token, by the copy engine: the rings' copies must not be waited for together with it.
   static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t barrier) {
-    const int bytes = ((args.units * (work.rank + 1) >> args.rank_shift) - work.slice) * Format::kUnitXBytes;
+    const int bytes = work.units * Format::kUnitXBytes;
     const char* from = static_cast<const char*>(args.x) + work.slice * Format::kUnitXBytes;
     mbarrier_arrive_expect(barrier, args.m * bytes);
 #pragma unroll 1
@@ -420,25 +471,28 @@ struct DecodeMatmul {
     }
   }
 
-  // Adds up what the warps have left of a set, a part a warp, and stores it or sends it to the rank that owns it.
+  // The rank's sums of a part of an entry: to y, or to the rank that owns them.
+  static __device__ __forceinline__ void deliver(const DecodeArgs& args, const Work& work, uint32_t base, int entry,
+                                                 int part, int lane, const Accumulator (&sum)[4]) {
+    if (work.ranks == 1) return finish(args, work, entry, part, lane, sum);
+    const int index = entry * kParts + part, owner = index & (work.ranks - 1);
+    const int kept = index - owner + work.rank;
+    store_cluster16(map_to_rank(base + args.smem_kept + kept * 512 + lane * 16, owner),
+                    *reinterpret_cast<const uint4*>(sum));
+  }
+
+  // Adds up what the warps have left of a set, a part a warp.
   static __device__ __forceinline__ void finish_set(const DecodeArgs& args, const Work& work, uint32_t base, int set,
                                                     int warp, int lane) {
     const int size = work.row_warps << args.set_shift, first = set * size;
     const int jobs = min(size, work.entries - first) * kParts;
     const uint32_t buffer = base + args.smem_slots + ((set & 1) << args.set_shift) * kWarps * kSlotBytes;
-    for (int job = (warp + set * size * kParts) % kWarps; job < jobs; job += kWarps) {
-      const int local = job / kParts, part = job % kParts, entry = first + local;
+    for (int job = (warp + set * size * kParts) & (kWarps - 1); job < jobs; job += kWarps) {
+      const int local = job / kParts, part = job & (kParts - 1);
       const int place = (local >> work.row_shift) * kWarps + ((local & (work.row_warps - 1)) << args.k_shift);
       Accumulator sum[4];
       add_up(buffer + place * kSlotBytes + part * 512 + lane * 16, kSlotBytes, work.k_warps, sum);
-      if (work.ranks == 1) {
-        finish(args, work, entry, part, lane, sum);
-      } else {
-        const int index = entry * kParts + part, owner = index & (work.ranks - 1);
-        const int kept = (index >> args.rank_shift << args.rank_shift) + work.rank;
-        store_cluster16(map_to_rank(base + args.smem_kept + kept * 512 + lane * 16, owner),
-                        *reinterpret_cast<const uint4*>(sum));
-      }
+      deliver(args, work, base, first + local, part, lane, sum);
     }
   }
 
@@ -463,56 +517,69 @@ struct DecodeMatmul {
     wait_for_previous_kernel();
     if (args.dependent && copies_x) load_x(args, work, base, barrier);
 
-    uint32_t x[kTokenTiles];  // absent tokens repeat the last one and are not stored
+    uint32_t x[kTokenTiles];  // of the warp's first unit; absent tokens repeat the last one and are not stored
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       const int row = kIsRows<Format> ? lane / 4 : lane % 8, column = kIsRows<Format> ? lane % 4 : lane / 8;
-      x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16 +
-                (work.begin - work.slice) * Format::kUnitXBytes;
+      x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16;
     }
     mbarrier_wait(barrier, 0);
     let_next_kernel_start();  // its copies would have held up those of x
+    uint32_t sums_of_x = base + args.smem_sums;
+    if constexpr (kSumBytes > 0) {
+      for (int unit = warp; unit < work.units; unit += kWarps) {
+        uint32_t from[kTokenTiles];
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
+        Format::template store_sums<kTokenTiles>(from, sums_of_x + unit * kSumBytes, lane);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) x[tile] += work.k_warp * Format::kUnitXBytes;
+    sums_of_x += work.k_warp * kSumBytes;
     if (work.ranks > 1) cluster_wait();
 
     uint32_t stage = ring;
-    typename Format::template Tokens<kTokenTiles> held[kHeld > 0 ? kHeld : 1];  // the same for every row tile
-    const auto load_tokens = [&](auto& tokens, int unit) {
-      uint32_t from[kTokenTiles];
+    const auto multiply_entry = [&](Accumulator(&sums)[kTiles][kTokenTiles][4]) {
+      uint32_t from[kTokenTiles], from_sums = sums_of_x;
 #pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + (unit << args.k_shift) * Format::kUnitXBytes;
-      tokens.load(from);
-    };
+      for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile];
+      for (int unit = 0; unit < work.count; ++unit) {
+        typename Format::template Tokens<kTokenTiles> tokens;
+        tokens.load(from, from_sums, lane);
+        copy_wait_for<kDepth - 1>();
+        Format::template multiply<kTiles, kTokenTiles>(args, stage, tokens, lane, sums);
+        producer.copy_next(stage);
+        stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
 #pragma unroll
-    for (int unit = 0; unit < kHeld; ++unit) load_tokens(held[unit], min(unit, work.count - 1));
-
-    int entry = work.row_warp;
-    const int size = work.row_warps << args.set_shift;
-    for (int set = 0; set * size < work.entries; ++set) {
-      uint32_t slot = base + args.smem_slots + (((set & 1) << args.set_shift) * kWarps + warp) * kSlotBytes;
-      for (const int end = min((set + 1) * size, work.entries); entry < end; entry += work.row_warps) {
-        Accumulator sums[kTiles][kTokenTiles][4] = {};
-        const auto step = [&](const auto& tokens) {
-          copy_wait_for<kDepth - 1>();
-          Format::template multiply<kTiles, kTokenTiles>(args, stage, tokens, lane, sums);
-          producer.copy_next(stage);
-          stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
-        };
-        if constexpr (kHeld > 0) {
-#pragma unroll
-          for (int unit = 0; unit < kHeld; ++unit) {
-            if (unit < work.count) step(held[unit]);
-          }
-        } else {
-          for (int unit = 0; unit < work.count; ++unit) {
-            load_tokens(held[0], unit);
-            step(held[0]);
-          }
-        }
-        store_slot(slot, lane, sums);
-        slot += kWarps * kSlotBytes;
+        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] += work.k_warps * Format::kUnitXBytes;
+        from_sums += work.k_warps * kSumBytes;
       }
-      __syncthreads();
-      finish_set(args, work, base, set, warp, lane);
+    };
+    if (work.k_warps == 1) {
+      for (int entry = work.row_warp; entry < work.entries; entry += kWarps) {
+        Accumulator sums[kTiles][kTokenTiles][4] = {};
+        multiply_entry(sums);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          deliver(args, work, base, entry, part, lane, sums[part / kTokenTiles][part % kTokenTiles]);
+        }
+      }
+    } else {
+      const int size = work.row_warps << args.set_shift;
+      int entry = work.row_warp;
+      for (int set = 0; set * size < work.entries; ++set) {
+        uint32_t slot = base + args.smem_slots + (((set & 1) << args.set_shift) * kWarps + warp) * kSlotBytes;
+        for (const int end = min((set + 1) * size, work.entries); entry < end; entry += work.row_warps) {
+          Accumulator sums[kTiles][kTokenTiles][4] = {};
+          multiply_entry(sums);
+          store_slot(slot, lane, sums);
+          slot += kWarps * kSlotBytes;
+        }
+        __syncthreads();
+        finish_set(args, work, base, set, warp, lane);
+      }
     }
     if (work.ranks == 1) return;
 
@@ -526,10 +593,10 @@ struct DecodeMatmul {
   }
 };
 
-template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
-  DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>::run(args);
+  DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps>::run(args);
 #else
   __trap();  // rather than leave y as it was
 #endif
@@ -540,27 +607,28 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) decode_matmul_kernel
 struct DecodePlan {
   int ranks = 1;           // CTAs of a cluster, which split K: 1, 2, 4 or 8
   int resident = 2;        // CTAs a multiprocessor, at most
+  int k_warps = 8;         // warps that share a row tile, fewer where K is short: 1, 2, 4, 8 or 16
   bool dependent = false;  // start before the previous kernel has finished
 };
 
 // False where K has too few units for so many ranks, or x and the sums do not fit the shared memory.
-template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps, int kHeld>
+template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
 bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, const LaunchContext& context) {
-  using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>;
+  using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps>;
   const int slice = args.units / plan.ranks, groups = (args.last_tile + kTiles) / kTiles;
   if (slice == 0) return false;
   args.dependent = plan.dependent;
-  args.rank_shift = __builtin_ctz(plan.ranks), args.k_shift = __builtin_ctz(kWarps);
+  args.rank_shift = __builtin_ctz(plan.ranks), args.k_shift = __builtin_ctz(std::min(plan.k_warps, kWarps));
   while (1 << args.k_shift > slice) --args.k_shift;
-  const int most = (args.units + plan.ranks - 1) / plan.ranks;  // units of a rank
-  if (kHeld > 0 && (most + (1 << args.k_shift) - 1) >> args.k_shift > kHeld) return false;
 
+  const int most = (args.units + plan.ranks - 1) / plan.ranks;  // units of a rank
   const int longest = most * Format::kUnitXBytes;
   args.x_pitch = (longest + 127) / 128 * 128 + (kIsRows<Format> ? 64 : 16);  // token after token in other banks
   args.smem_x = 128 + Kernel::kRingBytes;
-  args.smem_slots = (args.smem_x + args.m * args.x_pitch + 127) / 128 * 128;
+  args.smem_sums = (args.smem_x + args.m * args.x_pitch + 127) / 128 * 128;
+  args.smem_slots = args.smem_sums + most * Kernel::kSumBytes;
 
-  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps, kHeld>;
+  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
   const int limit = std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   if (args.smem_slots > limit) return false;
   const int clusters = std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
@@ -568,14 +636,13 @@ bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, cons
 
   const int entries = args.entries + (args.longer > 0 ? 1 : 0), row_warps = kWarps >> args.k_shift;
   const int kept = plan.ranks == 1 ? 0 : (entries * Kernel::kParts + plan.ranks - 1) / plan.ranks * plan.ranks * 512;
-  // Two buffers of slots, one where there is one set only; sets of up to two entries a warp.
+  // Sets of two entries a warp or one. Two buffers of slots, one where there is one set only, none where no tile is shared.
   int smem_bytes = 0;
   for (args.set_shift = 1; args.set_shift >= 0; --args.set_shift) {
-    const int size = row_warps << args.set_shift;
-    if (args.set_shift > 0 && size >= 2 * entries) continue;
-    args.smem_kept = args.smem_slots + (entries > size ? 2 : 1) * (kWarps << args.set_shift) * Kernel::kSlotBytes;
+    const int size = row_warps << args.set_shift, buffers = args.k_shift == 0 ? 0 : entries > size ? 2 : 1;
+    args.smem_kept = args.smem_slots + buffers * (kWarps << args.set_shift) * Kernel::kSlotBytes;
     smem_bytes = args.smem_kept + kept;
-    if (smem_bytes <= limit) break;
+    if (smem_bytes <= limit && (args.set_shift == 0 || size < 2 * entries)) break;
   }
   if (args.set_shift < 0) return false;
   STD_CUDA_CHECK(

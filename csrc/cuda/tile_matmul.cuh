@@ -37,31 +37,23 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
 
 // ---- few tokens -------------------------------------------------------------------------------------------------------------
 
-// A shape of decode_matmul: row tiles that a warp takes at a time, stages of its ring, warps of a CTA, units of x that a
-// warp holds in registers, CTAs a multiprocessor. The shared memory that is left over takes the next kernel's first CTAs.
+// A shape of decode_matmul: row tiles that a warp takes at a time, stages of its ring, warps of a CTA, how many share a row
+// tile, CTAs a multiprocessor. The shared memory that is left over takes the next kernel's first CTAs.
 struct DecodeShape {
-  int tiles, depth, warps, held, resident;
+  int tiles, depth, warps, k_warps, resident;
 };
-constexpr std::array<DecodeShape, 12> kDecodeShapes{{{1, 4, 8, 0, 2},
-                                                     {1, 8, 8, 0, 2},
-                                                     {1, 8, 8, 0, 1},
-                                                     {2, 2, 8, 0, 2},
-                                                     {2, 2, 8, 0, 1},
-                                                     {2, 4, 8, 0, 2},
-                                                     {2, 4, 8, 0, 1},
-                                                     {1, 4, 16, 0, 1},
-                                                     {2, 2, 16, 0, 1},
-                                                     {1, 4, 8, 1, 2},
-                                                     {1, 4, 8, 2, 1},
-                                                     {1, 4, 16, 2, 1}}};
+constexpr std::array<DecodeShape, 20> kDecodeShapes{{
+    {1, 4, 8, 8, 2}, {1, 8, 8, 8, 2}, {1, 8, 8, 8, 1}, {2, 2, 8, 8, 2}, {2, 2, 8, 8, 1}, {2, 4, 8, 8, 2}, {2, 4, 8, 8, 1},
+    {1, 4, 8, 1, 2}, {1, 8, 8, 1, 2}, {2, 2, 8, 1, 2}, {2, 4, 8, 1, 2}, {2, 4, 8, 1, 1}, {1, 4, 8, 2, 2}, {2, 2, 8, 2, 2}, {2, 2, 8, 4, 2},
+    {1, 4, 16, 1, 1}, {2, 2, 16, 1, 1}, {1, 4, 16, 4, 1}, {2, 2, 16, 4, 1}, {1, 4, 16, 16, 1}}};
 constexpr int kDecodeMaxRanks = 8, kDecodeTokens = 16;
 
 template <class Format, int kShape>
 bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, bool dependent, const LaunchContext& context) {
   constexpr DecodeShape s = kDecodeShapes[kShape];
-  const DecodePlan plan{ranks, s.resident, dependent};
-  return p.m <= 8 ? launch_decode<Format, s.tiles, 1, s.depth, s.warps, s.held>(p.op, args, plan, context)
-                  : launch_decode<Format, s.tiles, 2, s.depth, s.warps, s.held>(p.op, args, plan, context);
+  const DecodePlan plan{ranks, s.resident, s.k_warps, dependent};
+  return p.m <= 8 ? launch_decode<Format, s.tiles, 1, s.depth, s.warps>(p.op, args, plan, context)
+                  : launch_decode<Format, s.tiles, 2, s.depth, s.warps>(p.op, args, plan, context);
 }
 
 template <class Format, size_t... kShapes>

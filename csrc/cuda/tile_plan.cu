@@ -80,7 +80,7 @@ std::string tile_plan_candidates(std::string kind) {
   const bool linear = tile_kind("tile_plan_candidates", kind) == static_cast<int>(TileKind::kLinear);
   std::string out = text("decode ", kDecodeMaxRanks);
   for (const DecodeShape& s : kDecodeShapes) {
-    out += text(" ", 16 * s.tiles, "x", s.depth, "-", s.warps, "x", s.resident, "-", s.held);
+    out += text(" ", 16 * s.tiles, "x", s.depth, "-", s.warps, "x", s.resident, "-", s.k_warps);
   }
   if (linear) return out;
   out += text("\nwgmma ", kWgmmaMaxRanks);
