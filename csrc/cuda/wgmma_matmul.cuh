@@ -12,7 +12,7 @@
 //
 //           int4 weights of few tokens are multiplied unscaled: the sums of a group of k are scaled in fp32, and what the
 //           zero point adds is taken away with Σx of the group, which two idle warps of the copying warpgroup make.
-//           Above, an element of the result costs more to scale than one of the fragments does.
+//           Above, fragments are scaled as they are made.
 //           The ranks of a cluster share a tile, each a slice of K; their sums meet in shared memory, added in their order.
 //           The members of a rank have neighbouring rows: each copies its part of x to all of them, which spares the L2.
 // Bound     memory below M ≈ 100, then wgmma
@@ -80,8 +80,8 @@ struct Int4Wgmma {
   static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
   static constexpr float kExponent = kBFloat16 ? 128.f : 1024.f;
 
-  // Instructions a warp and group: kTokens + kTokens / 16 to scale its sums, 3/4 · kG more to scale in the fragments.
-  static constexpr bool by_group(int tokens) { return tokens * 2 <= kG; }
+  // Above, the sums of x, which have to be there before a group is scaled, set the pace: 5 µs of 40 at 64 tokens and kG = 128.
+  static constexpr bool by_group(int tokens) { return tokens * 4 <= kG; }
 
   struct FragmentFactors {
     uint32_t offset, scale, scale_low, shift;  // pairs of equals
@@ -257,7 +257,6 @@ struct WgmmaMatmul {
   // By group: the sums of x of a stage, and who leaves a stage, warps of consumers and those that sum.
   static constexpr int kSumWarps = 2;
   static constexpr int kXSumBytes = kByGroup ? kStageFactors * kTokens * 4 : 0;  // a stage
-  static constexpr int kPieceSteps = kConsumers > 2 && kTokens > 32 ? 2 : Format::kSteps;  // what registers allow
   static constexpr int kLeavers = kByGroup ? 4 * kConsumers + kSumWarps : kConsumers;
 
   static __host__ __device__ int ring_bytes(int stages, int ranks) {
@@ -412,8 +411,8 @@ struct WgmmaMatmul {
                                                            int row_tile, RingPosition& at,
                                                            float (&sums)[kTokens / 2]) {
     static_assert(kStageBlocks == 2 && kStageFactors <= 2);
-    constexpr int kSteps = kPieceSteps, kPieces = kStageBlocks * Format::kSteps / kSteps;
-    constexpr int kBlockPieces = Format::kSteps / kSteps, kGroupPieces = kPieces / kStageFactors;
+    constexpr int kSteps = Format::kSteps, kPieces = kStageBlocks;  // a piece is a block
+    constexpr int kGroupPieces = kPieces / kStageFactors;
     const int lane = threadIdx.x % 32;
     const uint64_t x_descriptor = matrix_descriptor(ring);
     uint32_t a[2][kSteps][4], words[kWords];
@@ -424,12 +423,11 @@ struct WgmmaMatmul {
     const auto make = [&](int piece) {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        Format::make_unscaled_a(words, piece % kBlockPieces * kSteps + j, a[piece % 2][j]);
+        Format::make_unscaled_a(words, j, a[piece % 2][j]);
       }
     };
     const auto multiply = [&](int piece) {
-      const int i = piece / kBlockPieces, first = piece % kBlockPieces * kSteps;
-      const uint64_t b = x_descriptor + (at.stage * kStageBytes + i * kXBytes) / 16 + first * 2;
+      const uint64_t b = x_descriptor + (at.stage * kStageBytes + piece * kXBytes) / 16;
       wgmma_fence();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
@@ -474,7 +472,7 @@ struct WgmmaMatmul {
         }
         const int then = (piece + 1) % kPieces;
         if (then == 0) mbarrier_wait(barriers.full + next.stage * 8, next.parity);
-        if (then % kBlockPieces == 0) load(then == 0 ? next.stage : at.stage, then / kBlockPieces);
+        load(then == 0 ? next.stage : at.stage, then);
         if (piece > 0) wgmma_wait<1>();  // who read the fragments that are made next
         make(then);
         if ((piece + 1) % kGroupPieces == 0) {
