@@ -100,7 +100,6 @@ struct WgmmaShape {
 };
 constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
     {{32, 4, 980}, {64, 4, 1100}, {64, 2, 680}, {128, 2, 830}, {256, 2, 1430}}};
-constexpr int kWgmmaMaxRanks = 4;
 
 // Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
 inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
@@ -141,9 +140,9 @@ bool run_wgmma(const TileProblem& p, const TilePlan& asked, bool dependent, cons
   const TilePlan chosen = asked.kernel == TileKernel::kWgmma ? asked : choose_wgmma<Format, Y>(p, context);
   if (!can_split(kWgmmaShapes[chosen.shape], chosen.ranks, p.k)) return false;
   WgmmaArgs args;
-  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
+  args.scales = {p.w_scale, p.w_zero, p.scale_type, p.groups};
   args.epilogue = p.epilogue;
-  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
+  args.m = p.m, args.row_tiles = p.n / 16;
   const WgmmaPlan plan{chosen.ranks, dependent};
   switch (chosen.shape) {
     case 0:
