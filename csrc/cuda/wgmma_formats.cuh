@@ -41,7 +41,8 @@ __device__ __forceinline__ float2 widen_pair(__half, uint32_t v) { return __half
 
 // In the fragments (q − zero) · scale, rounded to 16 bits once but for terms far below: the bits of q make the number e + q
 // (e = 128 in bf16, 1024 in fp16), e + zero is rounded to `offset`, whose difference to e + q is exact for zero points near
-// q's range; `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did.
+// q's range; `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did. Scales of T
+// with integer zero points, the usual case in real checkpoints, leave neither, and save an operation of three.
 // By group the fragments are q + kInt4Offset, exactly, and a group's sum becomes scale · (sum + minus_zero · Σx).
 template <typename T, int kG>
 struct Int4Wgmma {
@@ -77,6 +78,7 @@ struct Int4Wgmma {
     uint32_t smem;
     int lane;
     uint2 scale, zero;  // four of a row tile's, 16-bit
+    bool remainders = true;  // of the current chunk: whether any scale_low or shift is not zero; the same in all lanes
 
     __device__ Scales(const GroupScales& f, uint32_t to, int l) : from(f), smem(to), lane(l) {}
     __device__ __forceinline__ void prefetch(int row_tile, int block) {
@@ -109,12 +111,15 @@ struct Int4Wgmma {
                         __float_as_uint(-z[i + 1] - kInt4Offset<T>)});
         }
       } else {
+        bool some = false;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t offset = pack_pair<T>(z[i] + kExponent, z[i] + kExponent), high = pack_pair<T>(s[i], s[i]);
           const float low = s[i] - low_of(T{}, high), shift = (low_of(T{}, offset) - kExponent - z[i]) * s[i];
           store_smem16(to + i * kRowBytes, {offset, high, pack_pair<T>(low, low), pack_pair<T>(shift, shift)});
+          some = some || low != 0 || shift != 0;
         }
+        remainders = __any_sync(~0u, some);
       }
       __syncwarp();
     }
@@ -141,6 +146,7 @@ struct Int4Wgmma {
     const uint4 v = load_smem16(tile + lane * 16);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
+  template <bool kRemainders>
   static __device__ __forceinline__ void make_a(const uint32_t (&words)[4], int step, const Factors<false>& factors,
                                                 uint32_t (&a)[4]) {
 #pragma unroll
@@ -148,8 +154,12 @@ struct Int4Wgmma {
       const FragmentFactors& f = factors.row[i % 2];
       const auto q = as_pair(T{}, lop3<kAndOr>(words[step] >> (4 * i), 0x000F000F, kMagic));
       const auto d = __hsub2(q, as_pair(T{}, f.offset));
-      const auto low = __hfma2(d, as_pair(T{}, f.scale_low), as_pair(T{}, f.shift));
-      a[i] = bits(__hfma2(d, as_pair(T{}, f.scale), low));
+      if constexpr (kRemainders) {
+        const auto low = __hfma2(d, as_pair(T{}, f.scale_low), as_pair(T{}, f.shift));
+        a[i] = bits(__hfma2(d, as_pair(T{}, f.scale), low));
+      } else {
+        a[i] = bits(__hmul2(d, as_pair(T{}, f.scale)));
+      }
     }
   }
   static __device__ __forceinline__ void make_unscaled_a(const uint32_t (&words)[4], int step, uint32_t (&a)[4]) {
@@ -162,6 +172,7 @@ template <bool kByGroup>
 struct NoScales {
   struct Factors {};
   static constexpr int kChunkBlocks = 1 << 30, kBytes = 0;
+  static constexpr bool remainders = false;
   __device__ NoScales(const GroupScales&, uint32_t, int) {}
   __device__ __forceinline__ void prefetch(int, int) {}
   __device__ __forceinline__ void turn() {}
@@ -184,6 +195,7 @@ struct Int8Wgmma {
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     words[4] = u.x, words[5] = u.y, words[6] = u.z, words[7] = u.w;
   }
+  template <bool kRemainders>
   static __device__ __forceinline__ void make_a(const uint32_t (&words)[8], int step, const Factors<false>&,
                                                 uint32_t (&a)[4]) {
     int8x4_to_interleaved_pairs<T>(words[2 * step], a[0], a[1]);

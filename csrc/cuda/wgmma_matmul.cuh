@@ -339,16 +339,23 @@ struct WgmmaMatmul {
       // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
 #pragma unroll
       for (int batch = 0; batch < 2; ++batch) {
+        const auto make = [&](auto remainders) {
 #pragma unroll
-        for (int j = 0; j < kBatchSteps; ++j) {
-          const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-          if constexpr (Format::kDirect) {
-            const uint4 v = load_smem16(from + i * Format::kTileBytes + step * 512 + lane * 16);
-            a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
-          } else {
-            constexpr int kStepK = Format::kBlockK / Format::kSteps;
-            Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+          for (int j = 0; j < kBatchSteps; ++j) {
+            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
+            if constexpr (Format::kDirect) {
+              const uint4 v = load_smem16(from + i * Format::kTileBytes + step * 512 + lane * 16);
+              a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
+            } else {
+              constexpr int kStepK = Format::kBlockK / Format::kSteps;
+              Format::template make_a<remainders.value>(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+            }
           }
+        };
+        if (scales.remainders) {
+          make(std::true_type{});
+        } else {
+          make(std::false_type{});
         }
         wgmma_fence();
 #pragma unroll
