@@ -146,8 +146,8 @@ TilePlan choose_wgmma(const TileProblem& p, const LaunchContext& context) {
 }
 
 template <class Format, typename Y, size_t... kShapes>
-void launch_wgmma(const TileProblem& p, int shape, const WgmmaArgs& args, const WgmmaPlan& plan, const LaunchContext& context,
-                  std::index_sequence<kShapes...>) {
+void launch_wgmma(const TileProblem& p, int shape, const WgmmaArgs& args, const WgmmaPlan& plan,
+                  const LaunchContext& context, std::index_sequence<kShapes...>) {
   const auto launch = [&](auto number) {
     constexpr WgmmaShape s = kWgmmaShapes[number];
     launch_wgmma<Format, Y, s.tokens, s.consumers, s.members>(p.op, args, p.x, p.w, plan, context);

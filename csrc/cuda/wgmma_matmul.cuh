@@ -347,8 +347,8 @@ struct WgmmaMatmul {
               const uint4 v = load_smem16(from + i * Format::kTileBytes + step * 512 + lane * 16);
               a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
             } else {
-              constexpr int kStepK = Format::kBlockK / Format::kSteps;
-              Format::template make_a<remainders.value>(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+              const Factors& f = factors[s * (Format::kBlockK / Format::kSteps) / Format::kGroup];
+              Format::template make_a<remainders.value>(words[i], step, f, a[batch][j]);
             }
           }
         };
@@ -375,8 +375,8 @@ struct WgmmaMatmul {
     if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
   }
 
-  static __device__ void consume(const Work& work, uint32_t ring, uint32_t leaving, uint32_t scale_smem, uint32_t x_sums,
-                                 const Barriers& barriers) {
+  static __device__ void consume(const Work& work, uint32_t ring, uint32_t leaving, uint32_t scale_smem,
+                                 uint32_t x_sums, const Barriers& barriers) {
     const WgmmaArgs& args = work.args;
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * kStageTileBytes;
@@ -389,26 +389,30 @@ struct WgmmaMatmul {
     wait_for_previous_kernel();
     for (int index = work.first; index < args.tiles; index += args.clusters) {
       const Tile tile = work.tile(index, group);
+      const auto row_terms = [&] { return RowTerms(args.epilogue, (tile.row_tile + warp) * 16 + lane / 4); };
+      const RowTerms early = row_terms();  // from memory, while the sums are made; used where registers allow
       if constexpr (kByGroup) {
         multiply_by_group(work, ring, my_words, x_sums, barriers, scales, my_tile(tile), at, sums);
       } else {
         multiply(work, ring, my_words, barriers, scales, my_tile(tile), at, sums);
       }
       const auto prefetch_next = [&] {
-        if (index + args.clusters < args.tiles) scales.prefetch(my_tile(work.tile(index + args.clusters, group)), work.begin);
+        const int next = index + args.clusters;
+        if (next < args.tiles) scales.prefetch(my_tile(work.tile(next, group)), work.begin);
       };
       if (kConsumers == 2) prefetch_next();
+      const RowTerms terms = kConsumers == 2 ? early : row_terms();
       if (kSplits && args.ranks > 1) {
-        combine(work, my_words, leaving, barriers, tile, sums);
+        combine(work, my_words, leaving, barriers, tile, terms, sums);
       } else {
-        store(work, leaving + group * kStagedTokens * kOutPitch, tile, sums);
+        store(work, leaving + group * kStagedTokens * kOutPitch, tile, terms, sums);
       }
       __syncwarp();  // the stores return lane by lane, and aligned instructions follow
       if (kConsumers > 2) prefetch_next();  // no registers for it before
     }
   }
 
-  // ---- from sums to y: 16-bit results are staged in shared memory, in eights of tokens -----------------------------------
+  // ---- from sums to y: 16-bit results are staged in shared memory, in eights of tokens ---------------------------------
   // Without ranks a warpgroup stages together, for lines of 128 bytes. Where it was one of several ranks a warp does so by
   // itself, in sectors of 32: few tokens are left, and barriers would cost more. Warpgroups never wait for each other here.
 
@@ -428,17 +432,19 @@ struct WgmmaMatmul {
                                                   int eights, F&& f) {
     const Epilogue& epilogue = args.epilogue;
     const int gated = epilogue.gate != Gate::kNone ? 1 : 0;
-    const int thread = threadIdx.x % (32 * kWarps), shift = (kWarps == 4 ? 3 : 1) - gated, piece = thread & ((1 << shift) - 1);
+    const int thread = threadIdx.x % (32 * kWarps), shift = (kWarps == 4 ? 3 : 1) - gated;  // log2 of a token's pieces
+    const int piece = thread & ((1 << shift) - 1);
     const int row = (tile.row_tile + (kWarps == 4 ? 0 : threadIdx.x % 128 / 32)) * 16;
     const int column = (row >> gated) + piece * 8, last = min(eights * 8, args.m - token0);
     if (column >= epilogue.n >> gated) return;
     for (int i = thread >> shift; i < last; i += 32 * kWarps >> shift) {
-      f(staged<kWarps>(base, i / 8) + i % 8 * kPitch<kWarps> + piece * 16, int64_t(token0 + i) * epilogue.y_stride + column);
+      const uint32_t smem = staged<kWarps>(base, i / 8) + i % 8 * kPitch<kWarps> + piece * 16;
+      f(smem, int64_t(token0 + i) * epilogue.y_stride + column);
     }
   }
   template <int kWarps>
-  static __device__ __forceinline__ void load_residual(const WgmmaArgs& args, uint32_t base, const Tile& tile, int token0,
-                                                       int eights) {
+  static __device__ __forceinline__ void load_residual(const WgmmaArgs& args, uint32_t base, const Tile& tile,
+                                                       int token0, int eights) {
     const Y* residual = static_cast<const Y*>(args.epilogue.residual);
     const bool wide = args.epilogue.y_stride % 8 == 0 && reinterpret_cast<uintptr_t>(residual) % 16 == 0;
     for_rows<kWarps>(args, base, tile, token0, eights, [&](uint32_t smem, int64_t at) {
@@ -521,11 +527,10 @@ struct WgmmaMatmul {
     }
   }
 
-  static __device__ __forceinline__ void store(const Work& work, uint32_t out, const Tile& tile,
+  static __device__ __forceinline__ void store(const Work& work, uint32_t out, const Tile& tile, const RowTerms& terms,
                                                const Accumulator (&sums)[kTokens / 2]) {
     const WgmmaArgs& args = work.args;
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const RowTerms terms(args.epilogue, (tile.row_tile + warp) * 16 + lane / 4);
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
     const auto eight_sums = [&](int j, Accumulator(&v)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
@@ -553,7 +558,8 @@ struct WgmmaMatmul {
           for (int k = 0; k < kStagedEights; ++k) {
             Accumulator v[4];
             eight_sums(first + k, v);
-            stage<gate.value>(args.epilogue, terms, to + 8 * k * kOutPitch, token0 + 8 * k + 2 * (lane % 4), args.m - 1, v);
+            const int token = token0 + 8 * k + 2 * (lane % 4);
+            stage<gate.value>(args.epilogue, terms, to + 8 * k * kOutPitch, token, args.m - 1, v);
           }
         });
         barrier(kStoreBarrier + group, 128);
@@ -564,11 +570,11 @@ struct WgmmaMatmul {
 
   // Ranks that split K. A thread's sums go to the thread of its number in the rank that owns the tokens.
   static __device__ void combine(const Work& work, uint32_t my_words, uint32_t leaving, const Barriers& barriers,
-                                 const Tile& tile, const Accumulator (&sums)[kTokens / 2]) {
+                                 const Tile& tile, const RowTerms& terms,
+                                 const Accumulator (&sums)[kTokens / 2]) {
     const WgmmaArgs& args = work.args;
-    const int ranks = args.ranks, rank = work.rank, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const int ranks = args.ranks, rank = work.rank, lane = threadIdx.x % 32;
     const uint32_t mine = leaving + (threadIdx.x - 128) * 16;
-    const RowTerms terms(args.epilogue, (tile.row_tile + warp) * 16 + lane / 4);
     const auto place = [&](int eight, int from, int to) {
       return mine + (eight * (ranks - 1) + from - (from > to ? 1 : 0)) * kEightBytes;
     };
@@ -577,11 +583,12 @@ struct WgmmaMatmul {
     uint32_t owner = 0, nth = ~0u;
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
-      const uint32_t now = ((j + 1) * uint32_t(ranks) - 1) / kEights;  // who has sum_begin[now] ≤ j < sum_begin[now + 1]
+      const uint32_t now = ((j + 1) * uint32_t(ranks) - 1) / kEights;  // sum_begin[now] ≤ j < sum_begin[now + 1]
       nth = now == owner ? nth + 1 : 0, owner = now;
       if (owner == rank) continue;
       const int to = owner * kMembers + work.member;
-      store_cluster16_async(map_to_rank(place(nth, rank, owner), to), eight_sums(j), map_to_rank(barriers.received, to));
+      const uint32_t at = map_to_rank(place(nth, rank, owner), to), received = map_to_rank(barriers.received, to);
+      store_cluster16_async(at, eight_sums(j), received);
     }
     const int first = args.sum_begin[rank], count = args.sum_begin[rank + 1] - first, token0 = tile.token0 + 8 * first;
     if constexpr (sizeof(Y) == 2) {
