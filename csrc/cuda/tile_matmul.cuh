@@ -94,18 +94,19 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
 
 // ---- many tokens ------------------------------------------------------------------------------------------------------------
 
-// A shape of wgmma_matmul: tokens and warpgroups of a CTA, CTAs that share x; and what 128 k of a tile take it, in ns,
-// measured on an H200 (benchmarks/NOTES.md).
+// A shape of wgmma_matmul: tokens and warpgroups of a CTA, CTAs that share x, CTAs a multiprocessor; and what 128 k of a
+// tile take it, in ns, measured on an H200 (benchmarks/NOTES.md).
 struct WgmmaShape {
-  int tokens, consumers, members, unit_ns;
+  int tokens, consumers, members, resident, unit_ns;
 };
-constexpr std::array<WgmmaShape, 7> kWgmmaShapes{{{32, 4, 1, 980},
-                                                  {64, 4, 1, 1100},
-                                                  {64, 2, 1, 680},
-                                                  {128, 2, 1, 830},
-                                                  {256, 2, 1, 1430},
-                                                  {256, 2, 2, 1430},
-                                                  {64, 4, 2, 1100}}};
+constexpr std::array<WgmmaShape, 8> kWgmmaShapes{{{32, 4, 1, 1, 980},
+                                                  {64, 4, 1, 1, 1100},
+                                                  {64, 2, 1, 1, 680},
+                                                  {128, 2, 1, 1, 830},
+                                                  {256, 2, 1, 1, 1430},
+                                                  {256, 2, 2, 1, 1430},
+                                                  {64, 4, 2, 1, 1100},
+                                                  {64, 2, 1, 2, 680}}};
 
 // Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
 inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
@@ -114,14 +115,14 @@ inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
 
 // What the heuristics choose from: with many tiles the L2 is the bound, and neighbours that share x spare it.
 inline bool is_candidate(const WgmmaShape& shape, int m) {
-  return shape.members == (shape.tokens == 256 && m > 4 * 256 ? 2 : 1);
+  return shape.resident == 1 && shape.members == (shape.tokens == 256 && m > 4 * 256 ? 2 : 1);
 }
 
 // Clusters of `ranks` blocks that run at once, one block a multiprocessor.
 template <class Format, typename Y>
 int wgmma_clusters(int ranks, const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1>;
-  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1>, Kernel::kThreads, ranks,
+  using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1, 1>;
+  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1, 1>, Kernel::kThreads, ranks,
                            Kernel::smem_bytes(3, ranks), context);
 }
 
@@ -150,7 +151,7 @@ void launch_wgmma(const TileProblem& p, int shape, const WgmmaArgs& args, const 
                   const LaunchContext& context, std::index_sequence<kShapes...>) {
   const auto launch = [&](auto number) {
     constexpr WgmmaShape s = kWgmmaShapes[number];
-    launch_wgmma<Format, Y, s.tokens, s.consumers, s.members>(p.op, args, p.x, p.w, plan, context);
+    launch_wgmma<Format, Y, s.tokens, s.consumers, s.members, s.resident>(p.op, args, p.x, p.w, plan, context);
     return true;
   };
   ((shape == kShapes && launch(std::integral_constant<size_t, kShapes>{})) || ...);

@@ -15,6 +15,7 @@
 //           Above, fragments are scaled as they are made.
 //           The ranks of a cluster share a tile, each a slice of K. A rank sends every other one the sums that are its to
 //           add up, a share of the tokens, and adds the ranks' in their order: one hop, no barrier of the cluster.
+//           Where two CTAs are resident, the second may be of the next kernel, which starts and fetches weights there.
 //           The members of a rank have neighbouring rows: each copies its part of x to all of them, which spares the L2.
 // Bound     memory below M ≈ 100, then wgmma
 // Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
@@ -53,13 +54,17 @@ __device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
 struct WgmmaMatmul {
   using Accumulator = typename Format::Accumulator;
   static constexpr bool kByGroup = Format::by_group(kTokens);
   using Scales = typename Format::template Scales<kByGroup>;
   using Factors = typename Format::template Factors<kByGroup>;
   static constexpr int kThreads = 128 * (kConsumers + 1), kRowsPerCta = 64 * kConsumers, kTilesPerCta = 4 * kConsumers;
+  // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 104 · 256 ≤ 80 · 384 where two CTAs
+  // are resident, 32 · 128 + 112 · 512 ≤ 96 · 640.
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kResident > 1 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers > 2 ? 112 : kResident > 1 ? 104 : 232;
   static constexpr int kStageBlocks = kTokens < 256 ? 128 / Format::kBlockK : 1;  // of K
   static constexpr int kStageFactors =
       kStageBlocks * Format::kBlockK <= Format::kGroup ? 1 : kStageBlocks * Format::kBlockK / Format::kGroup;
@@ -77,6 +82,7 @@ struct WgmmaMatmul {
   static constexpr int kScaleBytes = 4 * kConsumers * Scales::kBytes;
   static constexpr int kMaxStages = 8;
   static constexpr int kBatchSteps = kStageBlocks * Format::kSteps / 2;
+  static constexpr int kBatchFactors = kStageFactors > 1 ? kStageFactors / 2 : 1;
   // By group: the sums of x of a stage, and who leaves a stage, warps of consumers and those that sum.
   static constexpr int kSumWarps = 2;
   static constexpr int kXSumBytes = kByGroup ? kStageFactors * kTokens * 4 : 0;  // a stage
@@ -86,7 +92,7 @@ struct WgmmaMatmul {
     return ranks > 1 ? (ranks - 1) * ((kEights + ranks - 1) / ranks) * kEightBytes : kOutBytes;
   }
   static __host__ __device__ int smem_bytes(int stages, int ranks) {
-    return 1024 + stages * kStageBytes + leaving_bytes(ranks) + kScaleBytes + kMaxStages * (kXSumBytes + 3 * 8) + 8;
+    return stages * kStageBytes + leaving_bytes(ranks) + kScaleBytes + kMaxStages * (kXSumBytes + 3 * 8) + 8;
   }
 
   struct Tile {
@@ -323,11 +329,14 @@ struct WgmmaMatmul {
         const int ahead = block + Scales::kChunkBlocks;
         if (ahead < work.end) scales.prefetch(row_tile, ahead);
       }
-      Factors factors[kStageFactors];
+      Factors factors[kBatchFactors];
+      const auto load_factors = [&](int batch) {
 #pragma unroll
-      for (int i = 0; i < kStageFactors; ++i) {
-        factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
-      }
+        for (int i = 0; i < kBatchFactors; ++i) {
+          factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + batch * kBatchFactors + i);
+        }
+      };
+      load_factors(0);
       mbarrier_wait(barriers.full + at.stage * 8, at.parity);
       const uint32_t from = my_words + at.stage * kStageBytes;
       uint32_t words[kStageBlocks][kWords];
@@ -339,6 +348,7 @@ struct WgmmaMatmul {
       // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
 #pragma unroll
       for (int batch = 0; batch < 2; ++batch) {
+        if (batch > 0 && kStageFactors > 1) load_factors(batch);
         const auto make = [&](auto remainders) {
 #pragma unroll
           for (int j = 0; j < kBatchSteps; ++j) {
@@ -347,7 +357,7 @@ struct WgmmaMatmul {
               const uint4 v = load_smem16(from + i * Format::kTileBytes + step * 512 + lane * 16);
               a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
             } else {
-              const Factors& f = factors[s * (Format::kBlockK / Format::kSteps) / Format::kGroup];
+              const Factors& f = factors[j * (Format::kBlockK / Format::kSteps) / Format::kGroup];
               Format::template make_a<remainders.value>(words[i], step, f, a[batch][j]);
             }
           }
@@ -640,13 +650,13 @@ struct WgmmaMatmul {
   }
 
   static __device__ void run(const WgmmaArgs& args) {
-    extern __shared__ unsigned char smem[];
+    extern __shared__ __align__(1024) unsigned char wgmma_smem[];  // the swizzle's period
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&args.w_map);
       prefetch_tensor_map(&args.x_map);
     }
     const Work work(args);
-    const uint32_t ring = uniform((smem_address(smem) + 1023) / 1024 * 1024);  // the swizzle's period
+    const uint32_t ring = uniform(smem_address(wgmma_smem));
     const uint32_t leaving = ring + args.stages * kStageBytes, scale_smem = leaving + leaving_bytes(args.ranks);
     const uint32_t x_sums = scale_smem + kScaleBytes, full = x_sums + kMaxStages * kXSumBytes;
     const Barriers barriers{full, full + kMaxStages * 8, full + 2 * kMaxStages * 8, full + 3 * kMaxStages * 8};
@@ -667,9 +677,8 @@ struct WgmmaMatmul {
     if (clustered) cluster_arrive_relaxed();
     __syncthreads();
     let_next_kernel_start();
-    // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 32 · 128 + 112 · 512 ≤ 96 · 640.
     if (threadIdx.x < 128) {
-      give_registers<kConsumers == 2 ? 40 : 32>();
+      give_registers<kProducerRegisters>();
       const int ahead = threadIdx.x == 0 ? copy_ahead(work, ring, barriers) : 0;
       if constexpr (kMembers > 1) {
         __syncwarp();
@@ -682,7 +691,7 @@ struct WgmmaMatmul {
       __syncwarp();
       if (kMembers == 1 && clustered) cluster_wait();
     } else {
-      take_registers<kConsumers == 2 ? 232 : 112>();
+      take_registers<kConsumerRegisters>();
       consume(work, ring, leaving, scale_smem, x_sums, barriers);
     }
     // No rank leaves before the others' sums have come; members also arrive on each other's barriers to the last.
@@ -690,11 +699,11 @@ struct WgmmaMatmul {
   }
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
-__global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
+__global__ void __launch_bounds__(128 * (kConsumers + 1), kResident)
     wgmma_matmul_kernel(const __grid_constant__ WgmmaArgs args) {
 #ifdef FASTINFER_SM90A
-  WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>::run(args);
+  WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers, kResident>::run(args);
 #else
   __trap();  // rather than leave y as it was
 #endif
@@ -707,11 +716,12 @@ struct WgmmaPlan {
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
 void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w, const WgmmaPlan& plan,
                   const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>;
-  const int k = static_cast<int>(x.size(1)), blocks = k / Format::kBlockK, limit = context.limits().smem_per_block;
+  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers, kResident>;
+  const int k = static_cast<int>(x.size(1)), blocks = k / Format::kBlockK, resident_limit = context.limits().smem_per_multiprocessor / kResident - 1024;
+  const int limit = std::min(context.limits().smem_per_block, resident_limit);
   args.x_map = token_map(op, x, kTokens / kMembers);
   args.w_map = weight_map(op, w, args.row_tiles, blocks / Kernel::kStageBlocks, Kernel::kStageTileBytes);
   args.token_tiles = (args.m + kTokens - 1) / kTokens;
@@ -724,7 +734,7 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   args.stages = 2;
   while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, args.ranks) <= limit) ++args.stages;
   const int smem_bytes = Kernel::smem_bytes(args.stages, args.ranks);
-  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers>;
+  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers, kResident>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   constexpr int kClusterTiles = Kernel::kTilesPerCta * kMembers;
   const int64_t tiles = int64_t((args.row_tiles + kClusterTiles - 1) / kClusterTiles) * args.token_tiles;
@@ -732,7 +742,7 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   // Ranks that split K make one tile only: what they receive comes once.
   const int64_t clusters =
       args.ranks > 1 ? tiles
-                     : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context));
+                     : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context, kResident));
   FASTINFER_CHECK(op, tiles < INT32_MAX, "the matrices are too large: ", tiles, " tiles");
   args.tiles = static_cast<int>(tiles), args.clusters = static_cast<int>(clusters);
   if (size > 1) args.cluster_reciprocal = static_cast<uint32_t>(((int64_t(1) << 32) + size - 1) / size);
