@@ -554,6 +554,9 @@ struct DecodeMatmul {
     if (!args.dependent) loader.load();  // before the weights, which would hold it up
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) producer.copy_next(ring + i * kStageBytes);
+    for (int i = threadIdx.x; i < work.entries * kTiles; i += kThreads) {
+      args.epilogue.prefetch(min(work.tile(i / kTiles, i % kTiles), args.last_tile) * 16);
+    }
     wait_for_previous_kernel();
     if (args.dependent) loader.load();
     loader.store();
