@@ -43,6 +43,24 @@ def test_odd_sizes_match_fp64(m, n, k, dtype, device, native, poisoned):
     check(m, n, k, "none", dtype, device)
 
 
+# few rows on compute capability 9.0 have a kernel of their own: ragged N, units of K that no warp count divides, splits of K
+DECODE_SHAPES = [
+    (1, 1, 32),
+    (3, 17, 96),
+    (1, 48, 2048),
+    (8, 272, 896),
+    (9, 61, 416),
+    (16, 1040, 1024),
+    (16, 4099, 4096),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [*DECODE_SHAPES, (12, 33, 14336)])
+def test_few_rows_match_fp64(m, n, k, dtype, device, native, poisoned):
+    check(m, n, k, "none", dtype, device)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES[:3])
 def test_matches_fp64_on_real_shapes(m, n, k, device, native, poisoned):
     check(m, n, k, "silu_mul", torch.bfloat16, device)

@@ -61,15 +61,7 @@ struct RingPosition {
   }
 };
 
-// ---- bulk copies --------------------------------------------------------------------------------------------------------
-
-// `bytes` (a multiple of 16, both ends 16-byte aligned) from global to shared; completes on `barrier`.
-__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(smem), "l"(gmem),
-      "r"(bytes), "r"(barrier)
-      : "memory");
-}
+// ---- tensor copies ------------------------------------------------------------------------------------------------------
 
 // The box of a tensor map at (column, row), to shared memory.
 __device__ __forceinline__ void tensor_copy(uint32_t smem, const void* map, int column, int row, uint32_t barrier) {
@@ -90,6 +82,11 @@ __device__ __forceinline__ void tensor_copy_multicast(uint32_t smem, const void*
 }
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Into the L2, without waiting.
+__device__ __forceinline__ void prefetch_global(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(gmem));
 }
 
 // ---- clusters and dependent launch ----------------------------------------------------------------------------------
@@ -132,10 +129,13 @@ __device__ __forceinline__ uint4 load_cluster16(uint32_t address) {
                : "memory");
   return v;
 }
-__device__ __forceinline__ void store_cluster16(uint32_t address, const uint4& v) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
+// 16 bytes to shared memory of the cluster; they count on the mbarrier, which lies in the same CTA.
+__device__ __forceinline__ void send16(uint32_t address, const uint4& v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
+          address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
 }
 
 // Until the kernel before has finished and what it wrote is visible; nothing where the launch is an ordinary one.

@@ -39,12 +39,13 @@ struct DecodeArgs {
   const unsigned char* w_zero = nullptr;
   bool half_scales = false;  // fp16 scales and zero points, else bf16
   bool dependent = false;    // launched before the previous kernel has finished
+  bool sums_ahead = false;   // Σ x of every unit once, before the first is multiplied
   Epilogue epilogue;
-  int m = 0, units = 0;                           // M; K in units
-  int last_row = 0, last_tile = 0;                // of w
-  int entries = 0, longer = 0;                    // row-tile groups of a cluster; how many clusters have one more
+  int m = 0, units = 0;                            // M; K in units
+  int last_row = 0, last_tile = 0;                 // of w
+  int entries = 0, longer = 0;                     // row-tile groups of a cluster; how many clusters have one more
   int rank_shift = 0, k_shift = 0, set_shift = 0;  // log2 of: ranks, warps along K, entries of a warp in a set
-  int x_pitch = 0;                                // bytes from token to token in shared memory
+  int x_pitch = 0;                                 // bytes from token to token in shared memory
   int smem_x = 0, smem_sums = 0, smem_slots = 0, smem_kept = 0;  // offsets; the rings come first
 };
 
@@ -98,9 +99,7 @@ struct Int4Decode {
   static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
   // Σ x of a unit's groups: with few tokens each warp makes them as it goes, which costs less than to wait for them.
   template <int kTokenTiles>
-  static constexpr bool kSumsAhead = kTokenTiles > 1;
-  template <int kTokenTiles>
-  static constexpr int kSumBytes = kSumsAhead<kTokenTiles> ? kTokenTiles * kGroups * 32 : 0;
+  static constexpr int kSumBytes = kTokenTiles > 1 ? kTokenTiles * kGroups * 32 : 0;
 
   struct Source : TileSource {
     const unsigned char *scale, *zero;  // of rows g and g + 8, which are side by side
@@ -126,10 +125,10 @@ struct Int4Decode {
 
   template <int kTokenTiles>
   struct Tokens {
-    uint32_t b[kTokenTiles][8][2];           // of the unit's mma steps
-    float sum[kTokenTiles][kGroups][2];      // Σ x over each group, of this lane's two tokens
+    uint32_t b[kTokenTiles][8][2];       // of the unit's mma steps
+    float sum[kTokenTiles][kGroups][2];  // Σ x over each group, of this lane's two tokens
     __device__ __forceinline__ void load(const uint32_t (&x)[kTokenTiles], uint32_t sums, int lane) {
-      if constexpr (kSumsAhead<kTokenTiles>) {
+      if (kSumBytes<kTokenTiles> > 0 && sums != 0) {
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
           load_steps(b[tile], x[tile]);
@@ -167,7 +166,7 @@ struct Int4Decode {
     if (lane >= 4) return;
 #pragma unroll
     for (int i = 0; i < kTokenTiles * kGroups; ++i) {
-      const float(&sum)[2] = tokens.sum[i / kGroups][i % kGroups];
+      const float (&sum)[2] = tokens.sum[i / kGroups][i % kGroups];
       store_smem_float(sums + i * 32 + lane * 8, sum[0]);
       store_smem_float(sums + i * 32 + lane * 8 + 4, sum[1]);
     }
@@ -210,7 +209,7 @@ struct Int4Decode {
           const float zero_low = zero.x + kInt4Offset<T>, zero_high = zero.y + kInt4Offset<T>;
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
-            float(&sum)[4] = sums[a][tile];
+            float (&sum)[4] = sums[a][tile];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               float p = part[0][a][tile][i];
@@ -259,7 +258,7 @@ struct Int8Decode : Int8Units {
           int8x4_to_interleaved_pairs<T>(words[2 * step + 1], fragment[2], fragment[3]);
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
-            const uint32_t(&b)[2] = x.b[tile][2 * block + step];
+            const uint32_t (&b)[2] = x.b[tile][2 * block + step];
             mma_m16n8k16<T>(sums[a][tile], fragment, b[0], b[1]);
           }
         }
@@ -311,7 +310,8 @@ struct RowsDecode : NoSums {
     __device__ __forceinline__ void seek(Position& at, int tile, int unit) const {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        at.w[half] = args.w + min(tile * 16 + row + 8 * half, args.last_row) * args.w_stride + unit * kUnitXBytes + column;
+        at.w[half] =
+            args.w + min(tile * 16 + row + 8 * half, args.last_row) * args.w_stride + unit * kUnitXBytes + column;
       }
     }
     __device__ __forceinline__ void advance(Position& at, int step) const {
@@ -372,8 +372,8 @@ struct DecodeMatmul {
   // every `clusters`; the warps of one place along K take them in turn.
   struct Work {
     int ranks, rank, cluster, clusters, entries;
-    int slice, units;      // first unit and units of the CTA
-    int begin, count;      // first unit of this warp, and how many, every k_warps
+    int slice, units;  // first unit and units of the CTA
+    int begin, count;  // first unit of this warp, and how many, every k_warps
     int k_warps, k_warp, row_warps, row_warp, row_shift;
     __device__ Work(const DecodeArgs& args, int warp) {
       ranks = 1 << args.rank_shift, rank = blockIdx.x & (ranks - 1);
@@ -390,7 +390,9 @@ struct DecodeMatmul {
       asm volatile("" : "+r"(v));
       return v;
     }
-    __device__ __forceinline__ int tile(int entry, int part) const { return (cluster + entry * clusters) * kTiles + part; }
+    __device__ __forceinline__ int tile(int entry, int part) const {
+      return (cluster + entry * clusters) * kTiles + part;
+    }
   };
 
   // Copies the warp's units one after the other, entry by entry.
@@ -426,16 +428,46 @@ struct DecodeMatmul {
     }
   };
 
-  // The slice of every token, by the copy engine: the rings' copies must not be waited for together with it.
-  static __device__ void load_x(const DecodeArgs& args, const Work& work, uint32_t base, uint32_t barrier) {
-    const int bytes = work.units * Format::kUnitXBytes;
-    const char* from = static_cast<const char*>(args.x) + work.slice * Format::kUnitXBytes;
-    mbarrier_arrive_expect(barrier, args.m * bytes);
-#pragma unroll 1
-    for (int token = 0; token < args.m; ++token) {
-      bulk_copy(base + args.smem_x + token * args.x_pitch, from + token * args.x_stride, bytes, barrier);
+  // The rank's slice of every token to shared memory, by all threads. Not by copies: a thread's own wait for them would be
+  // for those of its ring, too.
+  struct XLoader {
+    static constexpr int kBatch = 8;  // loads of a thread in flight
+    const DecodeArgs& args;
+    const char* from;
+    uint32_t to;
+    int left, pieces;                    // of 16 bytes: not yet loaded by this thread and those after it, of a token
+    int token = 0, piece = threadIdx.x;  // of this thread's next one
+    int token_step = 0, piece_step = kThreads;  // to the one after it
+    uint4 v[kBatch];
+
+    __device__ __forceinline__ XLoader(const DecodeArgs& a, const Work& work, uint32_t base)
+        : args(a),
+          from(static_cast<const char*>(a.x) + int64_t(work.slice) * Format::kUnitXBytes),
+          to(base + a.smem_x) {
+      pieces = work.units * (Format::kUnitXBytes / 16), left = a.m * pieces - threadIdx.x;
+      if (a.m == 1) return;  // divisions take time
+      token = uint32_t(piece) / uint32_t(pieces), piece -= token * pieces;
+      token_step = uint32_t(kThreads) / uint32_t(pieces), piece_step -= token_step * pieces;
     }
-  }
+    template <typename F>
+    __device__ __forceinline__ void each(int& t, int& p, F&& f) const {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i * kThreads >= left) break;
+        f(i);
+        t += token_step, p += piece_step;
+        if (p >= pieces && args.m > 1) p -= pieces, ++t;
+      }
+    }
+    __device__ __forceinline__ void load() {
+      int t = token, p = piece;
+      each(t, p, [&](int i) { v[i] = *reinterpret_cast<const uint4*>(from + t * args.x_stride + p * 16); });
+    }
+    __device__ __forceinline__ void store() {
+      each(token, piece, [&](int i) { store_smem16(to + token * args.x_pitch + piece * 16, v[i]); });
+      left -= kBatch * kThreads;
+    }
+  };
 
   static __device__ __forceinline__ void store_slot(uint32_t slot, int lane,
                                                     const Accumulator (&sums)[kTiles][kTokenTiles][4]) {
@@ -477,8 +509,8 @@ struct DecodeMatmul {
     if (work.ranks == 1) return finish(args, work, entry, part, lane, sum);
     const int index = entry * kParts + part, owner = index & (work.ranks - 1);
     const int kept = index - owner + work.rank;
-    store_cluster16(map_to_rank(base + args.smem_kept + kept * 512 + lane * 16, owner),
-                    *reinterpret_cast<const uint4*>(sum));
+    send16(map_to_rank(base + args.smem_kept + kept * 512 + lane * 16, owner), *reinterpret_cast<const uint4*>(sum),
+           map_to_rank(base, owner));
   }
 
   // Adds up what the warps have left of a set, a part a warp.
@@ -496,26 +528,44 @@ struct DecodeMatmul {
     }
   }
 
+  static __device__ __forceinline__ void store_sums(const uint32_t (&x)[kTokenTiles], uint32_t to, int lane) {
+    if constexpr (kSumBytes > 0) Format::template store_sums<kTokenTiles>(x, to, lane);
+  }
+
   static __device__ void run(const DecodeArgs& args) {
     extern __shared__ __align__(16) unsigned char smem[];
-    const uint32_t base = smem_address(smem), barrier = base;
+    const uint32_t base = smem_address(smem), arrived = base;  // mbarrier of the sums that ranks send
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const Work work(args, warp);
     const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
-    if (threadIdx.x == 0) {
-      mbarrier_init(barrier, 1);
-      mbarrier_init_fence();
+    const int parts = work.entries * kParts, owned = (parts - work.rank + work.ranks - 1) >> args.rank_shift;
+    if (work.ranks > 1) {
+      if (threadIdx.x == 0) {
+        mbarrier_init(arrived, 1);
+        mbarrier_init_fence();
+        mbarrier_arrive_expect(arrived, owned * work.ranks * 512);
+      }
+      __syncwarp();
+      cluster_arrive_relaxed();
     }
-    if (work.ranks > 1) cluster_arrive_relaxed();
-    __syncthreads();
 
     Producer producer(args, work, lane);
-    const bool copies_x = threadIdx.x == 0;
-    if (!args.dependent && copies_x) load_x(args, work, base, barrier);
+    XLoader loader(args, work, base);
+    if (!args.dependent) loader.load();  // before the weights, which would hold it up
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) producer.copy_next(ring + i * kStageBytes);
+    for (int i = threadIdx.x; i < work.entries * kTiles; i += kThreads) {
+      args.epilogue.prefetch(min(work.tile(i / kTiles, i % kTiles), args.last_tile) * 16);
+    }
     wait_for_previous_kernel();
-    if (args.dependent && copies_x) load_x(args, work, base, barrier);
+    if (args.dependent) loader.load();
+    loader.store();
+    while (loader.left > 0) {
+      loader.load();
+      loader.store();
+    }
+    __syncthreads();
+    let_next_kernel_start();  // its copies would have held up those of x
 
     uint32_t x[kTokenTiles];  // of the warp's first unit; absent tokens repeat the last one and are not stored
 #pragma unroll
@@ -523,21 +573,19 @@ struct DecodeMatmul {
       const int row = kIsRows<Format> ? lane / 4 : lane % 8, column = kIsRows<Format> ? lane % 4 : lane / 8;
       x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16;
     }
-    mbarrier_wait(barrier, 0);
-    let_next_kernel_start();  // its copies would have held up those of x
-    uint32_t sums_of_x = base + args.smem_sums;
-    if constexpr (kSumBytes > 0) {
+    uint32_t sums_of_x = args.sums_ahead ? base + args.smem_sums : 0;
+    if (kSumBytes > 0 && args.sums_ahead) {
       for (int unit = warp; unit < work.units; unit += kWarps) {
         uint32_t from[kTokenTiles];
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
-        Format::template store_sums<kTokenTiles>(from, sums_of_x + unit * kSumBytes, lane);
+        store_sums(from, sums_of_x + unit * kSumBytes, lane);
       }
       __syncthreads();
     }
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) x[tile] += work.k_warp * Format::kUnitXBytes;
-    sums_of_x += work.k_warp * kSumBytes;
+    if (args.sums_ahead) sums_of_x += work.k_warp * kSumBytes;
     if (work.ranks > 1) cluster_wait();
 
     uint32_t stage = ring;
@@ -554,7 +602,7 @@ struct DecodeMatmul {
         stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] += work.k_warps * Format::kUnitXBytes;
-        from_sums += work.k_warps * kSumBytes;
+        if (args.sums_ahead) from_sums += work.k_warps * kSumBytes;
       }
     };
     if (work.k_warps == 1) {
@@ -583,9 +631,9 @@ struct DecodeMatmul {
     }
     if (work.ranks == 1) return;
 
-    cluster_sync();  // all sums are where they belong
-    const int parts = work.entries * kParts;
-    for (int index = (warp << args.rank_shift) + work.rank; index < parts; index += kWarps << args.rank_shift) {
+    mbarrier_wait(arrived, 0);
+    for (int i = warp; i < owned; i += kWarps) {
+      const int index = (i << args.rank_shift) + work.rank;
       Accumulator sum[4];
       add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
       finish(args, work, index / kParts, index % kParts, lane, sum);
@@ -594,7 +642,8 @@ struct DecodeMatmul {
 };
 
 template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps) decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
+    decode_matmul_kernel(const __grid_constant__ DecodeArgs args) {
 #ifdef FASTINFER_SM90A
   DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps>::run(args);
 #else
@@ -629,13 +678,16 @@ bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, cons
   args.smem_slots = args.smem_sums + most * Kernel::kSumBytes;
 
   const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
-  const int limit = std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
+  const int limit =
+      std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   if (args.smem_slots > limit) return false;
-  const int clusters = std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+  const int clusters =
+      std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
   args.entries = groups / clusters, args.longer = groups % clusters;
 
   const int entries = args.entries + (args.longer > 0 ? 1 : 0), row_warps = kWarps >> args.k_shift;
   const int kept = plan.ranks == 1 ? 0 : (entries * Kernel::kParts + plan.ranks - 1) / plan.ranks * plan.ranks * 512;
+  args.sums_ahead = Kernel::kSumBytes > 0 && entries * most > 4 * kWarps;
   // Sets of two entries a warp or one. Two buffers of slots, one where there is one set only, none where no tile is shared.
   int smem_bytes = 0;
   for (args.set_shift = 1; args.set_shift >= 0; --args.set_shift) {

@@ -11,12 +11,10 @@ void int4_tile_matmul_half(const TileProblem& p, const LaunchContext& context);
 template <typename T>
 void int4_tile_matmul(const TileProblem& p, const LaunchContext& context) {
   switch (p.k / p.groups) {
-#ifndef PROBE
     case 32:
       return run_tile_matmul<Int4Decode<T, 32>, Int4Wgmma<T, 32>, T>(p, context);
     case 64:
       return run_tile_matmul<Int4Decode<T, 64>, Int4Wgmma<T, 64>, T>(p, context);
-#endif
     default:
       return run_tile_matmul<Int4Decode<T, 128>, Int4Wgmma<T, 128>, T>(p, context);
   }

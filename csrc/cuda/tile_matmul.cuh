@@ -42,10 +42,24 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
 struct DecodeShape {
   int tiles, depth, warps, k_warps, resident;
 };
-constexpr std::array<DecodeShape, 20> kDecodeShapes{{
-    {1, 4, 8, 8, 2}, {1, 8, 8, 8, 2}, {1, 8, 8, 8, 1}, {2, 2, 8, 8, 2}, {2, 2, 8, 8, 1}, {2, 4, 8, 8, 2}, {2, 4, 8, 8, 1},
-    {1, 4, 8, 1, 2}, {1, 8, 8, 1, 2}, {2, 2, 8, 1, 2}, {2, 4, 8, 1, 2}, {2, 4, 8, 1, 1}, {1, 4, 8, 2, 2}, {2, 2, 8, 2, 2}, {2, 2, 8, 4, 2},
-    {1, 4, 16, 1, 1}, {2, 2, 16, 1, 1}, {1, 4, 16, 4, 1}, {2, 2, 16, 4, 1}, {1, 4, 16, 16, 1}}};
+constexpr std::array<DecodeShape, 18> kDecodeShapes{{{1, 4, 8, 8, 2},
+                                                     {1, 8, 8, 8, 2},
+                                                     {1, 8, 8, 8, 1},
+                                                     {2, 2, 8, 8, 2},
+                                                     {2, 2, 8, 8, 1},
+                                                     {2, 4, 8, 8, 2},
+                                                     {2, 4, 8, 8, 1},
+                                                     {2, 2, 8, 4, 2},
+                                                     {2, 2, 8, 2, 2},
+                                                     {1, 4, 8, 2, 2},
+                                                     {1, 4, 8, 1, 2},
+                                                     {2, 2, 8, 1, 2},
+                                                     {2, 4, 8, 1, 2},
+                                                     {1, 4, 16, 16, 1},
+                                                     {1, 4, 16, 4, 1},
+                                                     {1, 4, 16, 1, 1},
+                                                     {2, 2, 16, 4, 1},
+                                                     {2, 2, 16, 1, 1}}};
 constexpr int kDecodeMaxRanks = 8, kDecodeTokens = 16;
 
 template <class Format, int kShape>
@@ -86,8 +100,15 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
                               std::make_index_sequence<kDecodeShapes.size()>());
   };
   if (plan.kernel == TileKernel::kDecode) return run(plan.ranks, plan.shape);
-  for (int ranks = 1; ranks <= kDecodeMaxRanks; ranks *= 2) {
-    if (run(ranks, 0) || run(ranks, 4)) return true;
+  // Measured on an H100 (benchmarks/NOTES.md): x of a rank stays small, and where N gives enough work pairs of row tiles
+  // share each fragment of it.
+  const bool few = p.m <= 8, narrow = args.last_tile < 2 * context.limits().multiprocessors;
+  const int shape = few ? (narrow ? 0 : Format::kUnitK < 128 ? 1 : 3) : kIsRows<Format> ? 2 : 17;
+  int ranks = 1;
+  while (ranks < kDecodeMaxRanks && p.m * args.x_stride / ranks > (few || kIsRows<Format> ? 32 : 16) * 1024) ranks *= 2;
+  while (ranks > 1 && args.units / ranks < 4) ranks /= 2;
+  for (; ranks <= kDecodeMaxRanks; ranks *= 2) {
+    if (run(ranks, shape) || run(ranks, 4)) return true;
   }
   return false;
 }

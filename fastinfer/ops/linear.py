@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastinfer.ops._common import check_float, check_matmul, describe, fake_matmul, linear_reference, register_fake, run
+from fastinfer.tuning import plans
 
 
 def linear(
@@ -25,15 +26,18 @@ def linear(
                  gate and up rows interleaved, LAYOUTS.md#gate-up
     Returns: [..., N_out] dtype of x; N_out is N, or N/2 where gated
     Raises:  TypeError for a dtype, ValueError for a shape or device that does not fit; both name the argument
-    Backends: CPU (AVX2, AVX512) and CUDA sm80+: torch's linear and one kernel for the epilogue; elsewhere plain torch
-    Numerics: error ≤ 2× that of torch's linear and its epilogue in the dtype of x: x · wᵀ is torch's, rounded to the
-             dtype of x (with a bias of that dtype added); the rest is computed in fp32 and cast once
+    Backends: CUDA sm90, up to 16 rows of fp16|bf16 and K in multiples of 32: one kernel; otherwise CPU (AVX2, AVX512) and
+             CUDA sm80+: torch's linear and one kernel for the epilogue; elsewhere plain torch
+    Numerics: error ≤ 2× that of torch's linear and its epilogue in the dtype of x. Where x · wᵀ is torch's it is rounded
+             to the dtype of x (with a bias of that dtype added); the rest is computed in fp32 and cast once
     Source:  –
     """
     check_float("linear", "x", x)
     if w.dtype != x.dtype:
         raise TypeError(f"linear: w must have the dtype of x, {x.dtype}, got {describe(w)}")
     check_matmul("linear", x, w, w.shape[-1] if w.dim() else 0, bias, residual, activation, x.dtype)
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        plans.load(x.device.index)
     return run("linear", reference, x, w, bias, residual, activation, triton=False)
 
 
