@@ -60,7 +60,7 @@ struct WgmmaMatmul {
   static constexpr bool kByGroup = Format::by_group(kTokens);
   using Scales = typename Format::template Scales<kByGroup>;
   using Factors = typename Format::template Factors<kByGroup>;
-  static constexpr int kThreads = 128 * (kConsumers + 1), kRowsPerCta = 64 * kConsumers, kTilesPerCta = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1), kTilesPerCta = 4 * kConsumers;
   // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 104 · 256 ≤ 80 · 384 where two CTAs
   // are resident, 32 · 128 + 112 · 512 ≤ 96 · 640.
   static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kResident > 1 ? 24 : 40;
