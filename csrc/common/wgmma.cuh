@@ -33,13 +33,6 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t smem) {
 
 // ---- where sums go ---------------------------------------------------------------------------------------------------
 
-// 16 bytes to the shared memory of a CTA of the cluster, completing on a barrier of the same CTA (both by map_to_rank).
-__device__ __forceinline__ void store_cluster16_async(uint32_t address, const uint4& v, uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(address),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-      : "memory");
-}
 // What store_two_matrices_transposed and store_matrix_transposed store.
 __device__ __forceinline__ void load_two_matrices_transposed(uint32_t (&v)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"

@@ -598,7 +598,7 @@ struct WgmmaMatmul {
       if (owner == rank) continue;
       const int to = owner * kMembers + work.member;
       const uint32_t at = map_to_rank(place(nth, rank, owner), to), received = map_to_rank(barriers.received, to);
-      store_cluster16_async(at, eight_sums(j), received);
+      send16(at, eight_sums(j), received);
     }
     const int first = args.sum_begin[rank], count = args.sum_begin[rank + 1] - first, token0 = tile.token0 + 8 * first;
     if constexpr (sizeof(Y) == 2) {
