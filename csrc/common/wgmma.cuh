@@ -1,4 +1,4 @@
-// wgmma: d[64, N] += a[64, k] · b[k, N], a in registers, b in shared memory (K-major, 128-byte swizzle), d in registers
+// wgmma: d[64, N] += a[64, k] · b[k, N], a in registers or shared memory, b in shared memory (K-major), d in registers
 // Source    PTX ISA, wgmma.mma_async: register fragments; matrix descriptor
 // Mapping   warp w of the warpgroup holds rows 16w …; lane 4g + t holds a and d as in mma.m16n8k16 (k32 for int8), d[4j …]
 //           being columns 8j + 2t, 8j + 2t + 1 of rows g and g + 8
@@ -22,6 +22,12 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// An operand without a swizzle: core matrices of eight rows × 16 bytes, 128 bytes each. The next 16 bytes of k are `k_stride`
+// bytes on, the next eight rows `row_stride`.
+__device__ __forceinline__ uint64_t core_matrix_descriptor(uint32_t smem, int k_stride, int row_stride) {
+  return uint64_t(row_stride >> 4) << 32 | uint64_t(k_stride >> 4) << 16 | ((smem & 0x3FFFF) >> 4);
 }
 
 // Rows of 128 bytes in groups of eight, as a tensor map with the 128-byte swizzle writes them. `smem` is 1024-byte
@@ -120,6 +126,31 @@ __device__ __forceinline__ void wgmma(Accumulator (&d)[kColumns / 2], const uint
     } else {
       FASTINFER_WGMMA("m64n256k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 128, "128", "129", "130", "131", "132", "133");
     }
+  } else {
+    static_assert(kColumns < 0, "no wgmma of this width");
+  }
+}
+
+#define FASTINFER_WGMMA_SHARED(shape, count, a_operand, b_operand, keep)                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                    \
+               ", 0;\n"                                                                         \
+               "wgmma.mma_async.sync.aligned." shape ".s32.s8.s8 {" FASTINFER_REGISTERS_##count \
+               "}, %" a_operand ", %" b_operand ", add;\n}\n"                                   \
+               : FASTINFER_OUT_##count("r", d, 0)                                               \
+               : "l"(a), "l"(b), "r"(int(accumulate))                                           \
+               : "memory")
+
+// The same of int8 with a in shared memory too, k = 32.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_int8(int32_t (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (kColumns == 32) {
+    FASTINFER_WGMMA_SHARED("m64n32k32", 16, "16", "17", "18");
+  } else if constexpr (kColumns == 64) {
+    FASTINFER_WGMMA_SHARED("m64n64k32", 32, "32", "33", "34");
+  } else if constexpr (kColumns == 128) {
+    FASTINFER_WGMMA_SHARED("m64n128k32", 64, "64", "65", "66");
+  } else if constexpr (kColumns == 256) {
+    FASTINFER_WGMMA_SHARED("m64n256k32", 128, "128", "129", "130");
   } else {
     static_assert(kColumns < 0, "no wgmma of this width");
   }

@@ -3,9 +3,9 @@
 // Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8
 // Requires  sm90a; K % 128 == 0, N in whole tiles of 16 rows; x 16-byte aligned
 // Mapping   a CTA makes 64 · kConsumers rows of w × kTokens tokens: kConsumers warpgroups multiply, 64 rows each, and one
-//           thread of another copies. Weights go from shared memory to registers, become 16-bit (or stay int8) there and
-//           are wgmma's a; x arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment,
-//           the tensor cores work on its last one and on the other warpgroups'.
+//           thread of another copies. Weights go from shared memory to registers, become 16-bit there and are wgmma's a; x
+//           arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment, the tensor cores
+//           work on its last one and on the other warpgroups'. Beside int8 x weights are a as they lie in shared memory.
 //
 //             stage:  x  kStageBlocks × [kTokens][128 bytes of k]        a block is 128 bytes of x along K
 //                     w  kStageBlocks × 4 · kConsumers row tiles
@@ -222,12 +222,17 @@ struct Int8x8Wgmma {
   using Element = int8_t;
   using Accumulator = int32_t;
   static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
-  static constexpr bool kDirect = true;  // what lies in shared memory is the fragments
+  static constexpr bool kDirect = true;  // multiplied from shared memory
   static constexpr bool by_group(int) { return false; }
   template <bool kByGroup>
   using Factors = typename NoScales<kByGroup>::Factors;
   template <bool kByGroup>
   using Scales = NoScales<kByGroup>;
+  // Of 64 rows: eight have 1024 bytes of a block, 128 for 16 columns, two of these a step.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tiles) {
+    return core_matrix_descriptor(tiles, 128, 1024);
+  }
+  static constexpr int kDescriptorStep = 256 / 16;
 };
 
 // ---- kernel -------------------------------------------------------------------------------------------------------------
@@ -489,6 +494,34 @@ struct WgmmaMatmul {
     }
   }
 
+  // A tile's sums where weights are multiplied from shared memory. The wgmmas of a stage are issued behind those of the one
+  // before, which is left as soon as they are done.
+  static __device__ __forceinline__ void multiply_direct(const Work& work, uint32_t ring, const Barriers& barriers,
+                                                         RingPosition& at, Accumulator (&sums)[kTokens / 2]) {
+    static_assert(kStageBlocks == 1);
+    const int group = uniform(threadIdx.x / 128 - 1), thread = threadIdx.x % 128;
+    const uint64_t x_descriptor = matrix_descriptor(ring);
+    const uint64_t w_descriptor = Format::descriptor(ring + kXBytes + group * 4 * Format::kTileBytes);
+    int last_stage = -1;
+    for (int block = work.begin; block < work.end; ++block) {
+      mbarrier_wait(barriers.full + at.stage * 8, at.parity);
+      const int stage = at.stage * (kStageBytes / 16);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Format::kSteps; ++step) {
+        wgmma_int8<kTokens>(sums, w_descriptor + stage + step * Format::kDescriptorStep,
+                            x_descriptor + stage + step * 2, block > work.begin || step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+      last_stage = at.stage;
+      at.advance(work.args.stages);
+    }
+    wgmma_wait<0>();
+    if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+  }
+
   // A tile's sums where the fragments are what is scaled.
   static __device__ __forceinline__ void multiply(const Work& work, uint32_t ring, uint32_t my_words,
                                                   const Barriers& barriers, Scales& scales, int row_tile,
@@ -564,6 +597,8 @@ struct WgmmaMatmul {
       const Tile tile = work.tile(index, group);
       if constexpr (kByGroup) {
         multiply_by_group(work, ring, my_words, x_sums, barriers, scales, my_tile(tile), at, sums);
+      } else if constexpr (Format::kDirect) {
+        multiply_direct(work, ring, barriers, at, sums);
       } else {
         multiply(work, ring, my_words, barriers, scales, my_tile(tile), at, sums);
       }
