@@ -72,59 +72,48 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t smem) {
 #define FASTINFER_OUT_128(c, d, i) FASTINFER_OUT_64(c, d, i), FASTINFER_OUT_64(c, d, i + 64)
 
 // `a0` is the number of the first operand after d's.
-#define FASTINFER_WGMMA(shape, types, tail, constraint, count, a0, a1, a2, a3, desc, keep)      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                    \
-               ", 0;\n"                                                                         \
-               "wgmma.mma_async.sync.aligned." shape "." types " {" FASTINFER_REGISTERS_##count \
-               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" desc ", add" tail ";\n}\n"          \
-               : FASTINFER_OUT_##count(constraint, d, 0)                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate))       \
+#define FASTINFER_WGMMA(shape, type, count, a0, a1, a2, a3, desc, keep)                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                                \
+               ", 0;\n"                                                                                     \
+               "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" FASTINFER_REGISTERS_##count \
+               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" desc ", add, 1, 1, 0;\n}\n"                     \
+               : FASTINFER_OUT_##count("f", d, 0)                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate))                   \
                : "memory")
 
-// T is the type of a and b: __nv_bfloat16, __half (k = 16) or int8_t (k = 32). Without `accumulate` d is overwritten.
-template <typename T, int kColumns, typename Accumulator>
-__device__ __forceinline__ void wgmma(Accumulator (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
-                                      bool accumulate) {
-  constexpr bool kInt8 = sizeof(T) == 1, kHalf = std::is_same_v<T, __half>;
+// T is the type of a and b: __nv_bfloat16 or __half, k = 16. Without `accumulate` d is overwritten.
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (kColumns == 16) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n16k32", "s32.s8.s8", "", "r", 8, "8", "9", "10", "11", "12", "13");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n16k16", "f32.f16.f16", ", 1, 1, 0", "f", 8, "8", "9", "10", "11", "12", "13");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n16k16", "f16", 8, "8", "9", "10", "11", "12", "13");
     } else {
-      FASTINFER_WGMMA("m64n16k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 8, "8", "9", "10", "11", "12", "13");
+      FASTINFER_WGMMA("m64n16k16", "bf16", 8, "8", "9", "10", "11", "12", "13");
     }
   } else if constexpr (kColumns == 32) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n32k32", "s32.s8.s8", "", "r", 16, "16", "17", "18", "19", "20", "21");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n32k16", "f32.f16.f16", ", 1, 1, 0", "f", 16, "16", "17", "18", "19", "20", "21");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n32k16", "f16", 16, "16", "17", "18", "19", "20", "21");
     } else {
-      FASTINFER_WGMMA("m64n32k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 16, "16", "17", "18", "19", "20", "21");
+      FASTINFER_WGMMA("m64n32k16", "bf16", 16, "16", "17", "18", "19", "20", "21");
     }
   } else if constexpr (kColumns == 64) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n64k32", "s32.s8.s8", "", "r", 32, "32", "33", "34", "35", "36", "37");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n64k16", "f32.f16.f16", ", 1, 1, 0", "f", 32, "32", "33", "34", "35", "36", "37");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n64k16", "f16", 32, "32", "33", "34", "35", "36", "37");
     } else {
-      FASTINFER_WGMMA("m64n64k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 32, "32", "33", "34", "35", "36", "37");
+      FASTINFER_WGMMA("m64n64k16", "bf16", 32, "32", "33", "34", "35", "36", "37");
     }
   } else if constexpr (kColumns == 128) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n128k32", "s32.s8.s8", "", "r", 64, "64", "65", "66", "67", "68", "69");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n128k16", "f32.f16.f16", ", 1, 1, 0", "f", 64, "64", "65", "66", "67", "68", "69");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n128k16", "f16", 64, "64", "65", "66", "67", "68", "69");
     } else {
-      FASTINFER_WGMMA("m64n128k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 64, "64", "65", "66", "67", "68", "69");
+      FASTINFER_WGMMA("m64n128k16", "bf16", 64, "64", "65", "66", "67", "68", "69");
     }
   } else if constexpr (kColumns == 256) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n256k32", "s32.s8.s8", "", "r", 128, "128", "129", "130", "131", "132", "133");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n256k16", "f32.f16.f16", ", 1, 1, 0", "f", 128, "128", "129", "130", "131", "132", "133");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n256k16", "f16", 128, "128", "129", "130", "131", "132", "133");
     } else {
-      FASTINFER_WGMMA("m64n256k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 128, "128", "129", "130", "131", "132", "133");
+      FASTINFER_WGMMA("m64n256k16", "bf16", 128, "128", "129", "130", "131", "132", "133");
     }
   } else {
     static_assert(kColumns < 0, "no wgmma of this width");
@@ -140,7 +129,7 @@ __device__ __forceinline__ void wgmma(Accumulator (&d)[kColumns / 2], const uint
                : "l"(a), "l"(b), "r"(int(accumulate))                                           \
                : "memory")
 
-// The same of int8 with a in shared memory too, k = 32.
+// The same of int8, a in shared memory too, k = 32.
 template <int kColumns>
 __device__ __forceinline__ void wgmma_int8(int32_t (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (kColumns == 32) {

@@ -545,24 +545,16 @@ struct WgmmaMatmul {
       mbarrier_wait(barriers.full + at.stage * 8, at.parity);
       const uint32_t from = my_words + at.stage * kStageBytes;
       uint32_t words[kStageBlocks][kWords];
-      if constexpr (!Format::kDirect) {
 #pragma unroll
-        for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
-      }
-      // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
-      // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
+      for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
+      // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made.
 #pragma unroll
       for (int batch = 0; batch < 2; ++batch) {
 #pragma unroll
         for (int j = 0; j < kBatchSteps; ++j) {
           const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-          if constexpr (Format::kDirect) {
-            const uint4 v = load_smem16(from + i * kWeightBytes + step * 512 + lane * 16);
-            a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
-          } else {
-            constexpr int kStepK = Format::kBlockK / Format::kSteps;
-            Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
-          }
+          constexpr int kStepK = Format::kBlockK / Format::kSteps;
+          Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
         }
         wgmma_fence();
 #pragma unroll
