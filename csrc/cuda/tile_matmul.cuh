@@ -115,24 +115,35 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
 
 // ---- many tokens ------------------------------------------------------------------------------------------------------------
 
-// A shape of wgmma_matmul and what 128 k of a tile take it, in ns; measured on an H200 (benchmarks/NOTES.md).
+// A shape of wgmma_matmul: tokens and warpgroups of a CTA, CTAs that share x, CTAs a multiprocessor; and what 128 k of a
+// tile take it, in ns, measured on an H200 (benchmarks/NOTES.md).
 struct WgmmaShape {
-  int tokens, consumers, unit_ns;
+  int tokens, consumers, members, resident, unit_ns;
 };
-constexpr std::array<WgmmaShape, 5> kWgmmaShapes{
-    {{32, 4, 980}, {64, 4, 1100}, {64, 2, 680}, {128, 2, 830}, {256, 2, 1430}}};
-constexpr int kWgmmaMaxRanks = 4;
+constexpr std::array<WgmmaShape, 8> kWgmmaShapes{{{32, 4, 1, 1, 980},
+                                                  {64, 4, 1, 1, 1100},
+                                                  {64, 2, 1, 1, 680},
+                                                  {128, 2, 1, 1, 830},
+                                                  {256, 2, 1, 1, 1430},
+                                                  {256, 2, 2, 1, 1430},
+                                                  {64, 4, 2, 1, 1100},
+                                                  {64, 2, 1, 2, 680}}};
 
 // Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
 inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
   return ranks == 1 || (ranks <= k / 256 && shape.tokens < 256);
 }
 
+// What the heuristics choose from: with many tiles the L2 is the bound, and neighbours that share x spare it.
+inline bool is_candidate(const WgmmaShape& shape, int m) {
+  return shape.resident == 1 && shape.members == (shape.tokens == 256 && m > 4 * 256 ? 2 : 1);
+}
+
 // Clusters of `ranks` blocks that run at once, one block a multiprocessor.
 template <class Format, typename Y>
 int wgmma_clusters(int ranks, const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1>;
-  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1>, Kernel::kThreads, ranks,
+  using Kernel = WgmmaMatmul<Format, Y, 128, 2, 1, 1>;
+  return resident_clusters(wgmma_matmul_kernel<Format, Y, 128, 2, 1, 1>, Kernel::kThreads, ranks,
                            Kernel::smem_bytes(3, ranks), context);
 }
 
@@ -145,7 +156,7 @@ TilePlan choose_wgmma(const TileProblem& p, const LaunchContext& context) {
     const int clusters = wgmma_clusters<Format, Y>(r, context);
     for (int s = 0; s < static_cast<int>(kWgmmaShapes.size()); ++s) {
       const WgmmaShape& candidate = kWgmmaShapes[s];
-      if (!can_split(candidate, r, p.k)) continue;
+      if (!is_candidate(candidate, p.m) || !can_split(candidate, r, p.k)) continue;
       const int64_t rows = 64 * candidate.consumers;
       const int64_t tiles = (p.n + rows - 1) / rows * ((p.m + candidate.tokens - 1) / candidate.tokens);
       const int64_t rounds = (tiles + clusters - 1) / clusters, units = (p.k / 128 + r - 1) / r;
@@ -156,33 +167,28 @@ TilePlan choose_wgmma(const TileProblem& p, const LaunchContext& context) {
   return plan;
 }
 
+template <class Format, typename Y, size_t... kShapes>
+void launch_wgmma(const TileProblem& p, int shape, const WgmmaArgs& args, const WgmmaPlan& plan,
+                  const LaunchContext& context, std::index_sequence<kShapes...>) {
+  const auto launch = [&](auto number) {
+    constexpr WgmmaShape s = kWgmmaShapes[number];
+    launch_wgmma<Format, Y, s.tokens, s.consumers, s.members, s.resident>(p.op, args, p.x, p.w, plan, context);
+    return true;
+  };
+  ((shape == kShapes && launch(std::integral_constant<size_t, kShapes>{})) || ...);
+}
+
 // As planned, or by the heuristics. False where the plan asks too much.
 template <class Format, typename Y>
 bool run_wgmma(const TileProblem& p, const TilePlan& asked, bool dependent, const LaunchContext& context) {
   const TilePlan chosen = asked.kernel == TileKernel::kWgmma ? asked : choose_wgmma<Format, Y>(p, context);
   if (!can_split(kWgmmaShapes[chosen.shape], chosen.ranks, p.k)) return false;
   WgmmaArgs args;
-  args.w_scale = p.w_scale, args.w_zero = p.w_zero, args.scale_type = p.scale_type;
+  args.scales = {p.w_scale, p.w_zero, p.scale_type, p.groups};
   args.epilogue = p.epilogue;
-  args.m = p.m, args.groups = p.groups, args.row_tiles = p.n / 16;
-  const WgmmaPlan plan{chosen.ranks, dependent};
-  switch (chosen.shape) {
-    case 0:
-      launch_wgmma<Format, Y, 32, 4, 1>(p.op, args, p.x, p.w, plan, context);
-      break;
-    case 1:
-      launch_wgmma<Format, Y, 64, 4, 1>(p.op, args, p.x, p.w, plan, context);
-      break;
-    case 2:
-      launch_wgmma<Format, Y, 64, 2, 1>(p.op, args, p.x, p.w, plan, context);
-      break;
-    case 3:
-      launch_wgmma<Format, Y, 128, 2, 1>(p.op, args, p.x, p.w, plan, context);
-      break;
-    default:  // with many tiles the L2 is the bound, and neighbours that share x spare it
-      p.m > 4 * 256 ? launch_wgmma<Format, Y, 256, 2, 2>(p.op, args, p.x, p.w, plan, context)
-                    : launch_wgmma<Format, Y, 256, 2, 1>(p.op, args, p.x, p.w, plan, context);
-  }
+  args.m = p.m, args.row_tiles = p.n / 16;
+  launch_wgmma<Format, Y>(p, chosen.shape, args, {chosen.ranks, dependent}, context,
+                          std::make_index_sequence<kWgmmaShapes.size()>());
   return true;
 }
 

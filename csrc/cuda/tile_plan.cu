@@ -84,7 +84,11 @@ std::string tile_plan_candidates(std::string kind) {
   }
   if (linear) return out;
   out += text("\nwgmma ", kWgmmaMaxRanks);
-  for (const WgmmaShape& s : kWgmmaShapes) out += text(" ", s.tokens, "x", 64 * s.consumers);
+  for (const WgmmaShape& s : kWgmmaShapes) {
+    out += text(" ", s.tokens, "x", 64 * s.consumers);
+    if (s.members > 1) out += text("x", s.members);
+    if (s.resident > 1) out += text("-", s.resident);
+  }
   return out;
 }
 

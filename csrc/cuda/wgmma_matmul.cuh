@@ -7,13 +7,15 @@
 //           arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment, the tensor cores
 //           work on its last one and on the other warpgroups'. Beside int8 x weights are a as they lie in shared memory.
 //
-//             stage:  x  kStageBlocks × [kTokens][128 bytes of k]        a block is 128 bytes of x along K
-//                     w  kStageBlocks × 4 · kConsumers row tiles
+//             stage:  x  kStageBlocks × [kTokens][128 bytes of k]     a block is 128 bytes of x along K
+//                     w  4 · kConsumers row tiles × kStageBlocks blocks
 //
 //           int4 weights of few tokens are multiplied unscaled: the sums of a group of k are scaled in fp32, and what the
 //           zero point adds is taken away with Σx of the group, which two idle warps of the copying warpgroup make.
-//           Above, an element of the result costs more to scale than one of the fragments does.
-//           The ranks of a cluster share a tile, each a slice of K; their sums meet in shared memory, added in their order.
+//           Above, fragments are scaled as they are made.
+//           The ranks of a cluster share a tile, each a slice of K. A rank sends every other one the sums that are its to
+//           add up, a share of the tokens, and adds the ranks' in their order: one hop, no barrier of the cluster.
+//           Where two CTAs are resident, the second may be of the next kernel, which starts and fetches weights there.
 //           The members of a rank have neighbouring rows: each copies its part of x to all of them, which spares the L2.
 // Bound     memory below M ≈ 100, then wgmma
 // Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py
@@ -25,225 +27,44 @@
 #include "common/wgmma.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/tensor_map.cuh"
+#include "cuda/wgmma_formats.cuh"
 
 namespace fastinfer {
 
+constexpr int kWgmmaMaxRanks = 4;  // that split K
+constexpr int kStoreBarrier = 1;   // the first of the named barriers, one a warpgroup of consumers
+
 struct WgmmaArgs {
-  CUtensorMap x_map;  // [M, K], boxes of kTokens × one block
-  CUtensorMap w_map;  // boxes of four row tiles × one block
-  const void* w_scale = nullptr;
-  const void* w_zero = nullptr;
-  Element scale_type{};
+  CUtensorMap x_map;  // [M, K], boxes of kTokens / kMembers × one block
+  CUtensorMap w_map;  // boxes of four row tiles × what a stage holds of K
+  GroupScales scales;
   Epilogue epilogue;
-  int m = 0, groups = 0;                // M; K / G
-  int row_tiles = 0;                    // N / 16
-  int blocks = 0;                       // of K
-  int row_blocks = 0, token_tiles = 0;  // what the tiles cover
-  int stages = 0;
+  int m = 0;
+  int row_tiles = 0;                  // N / 16
+  int token_tiles = 0, tiles = 0;     // the tiles of a row of them; all
+  int stages = 0, ranks = 1, clusters = 0;
+  uint32_t cluster_reciprocal = 0;    // 2³² / the size of a cluster, rounded up; 0 where it is 1
+  bool dependent = false;             // may start before the previous kernel has finished
+  int k_begin[kWgmmaMaxRanks + 1];    // blocks of K at which the ranks begin; the last is where they all end
+  int sum_begin[kWgmmaMaxRanks + 1];  // eights of tokens that they add up, likewise
 };
 
 // To the compiler, which keeps it in a uniform register then; a wgmma's descriptor is moved to one at a great price.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
-constexpr int kConsumerBarrier = 1;  // named barrier of the consumers
-
-// ---- weight formats -----------------------------------------------------------------------------------------------------
-// A block is kSteps wgmma steps. `Factors` is what a lane needs of a group of kGroup k, to make its fragments or, where the
-// shape is by_group, to scale its sums.
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  return bits(__floats2bfloat162_rn(low, high));
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-  return bits(__floats2half2_rn(low, high));
-}
-__device__ __forceinline__ __nv_bfloat162 as_pair(__nv_bfloat16, uint32_t v) { return as_bfloat162(v); }
-__device__ __forceinline__ __half2 as_pair(__half, uint32_t v) { return as_half2(v); }
-__device__ __forceinline__ float low_of(__nv_bfloat16, uint32_t v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float low_of(__half, uint32_t v) { return __low2float(as_half2(v)); }
-
-// In the fragments (q − zero) · scale, rounded to 16 bits once but for terms far below: the bits of q make the number e + q
-// (e = 128 in bf16, 1024 in fp16), e + zero is rounded to `offset`, whose difference to e + q is exact for zero points near
-// q's range; `shift` brings back what rounding the zero point took, and `scale_low` what rounding the scale did.
-// By group the fragments are q + kInt4Offset, exactly, and a group's sum becomes scale · (sum + minus_zero · Σx).
-template <typename T, int kG>
-struct Int4Wgmma {
-  using Element = T;
-  using Accumulator = float;
-  static constexpr int kSteps = 4, kTileBytes = 512, kBlockK = 64, kGroup = kG;
-  static constexpr bool kDirect = false;  // words from shared memory become fragments in registers
-  static constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-  static constexpr uint32_t kMagic = kBFloat16 ? 0x43004300 : 0x64006400;
-  static constexpr float kExponent = kBFloat16 ? 128.f : 1024.f;
-
-  // Instructions a warp and group: kTokens + kTokens / 16 to scale its sums, 3/4 · kG more to scale in the fragments.
-  static constexpr bool by_group(int tokens) { return tokens * 2 <= kG; }
-
-  struct FragmentFactors {
-    uint32_t offset, scale, scale_low, shift;  // pairs of equals
-  };
-  struct SumFactors {
-    float scale, minus_zero;
-  };
-  template <bool kByGroup>
-  struct Factors {
-    std::conditional_t<kByGroup, SumFactors, FragmentFactors> row[2];  // g and g + 8
-  };
-
-  // The factors of a warp's row tile, kChunkGroups groups at a time in shared memory of its own. While they are in use, the
-  // scales and zero points of the next ones are on their way from memory; a lane makes the factors of four rows of a group.
-  template <bool kByGroup>
-  struct Scales {
-    static constexpr int kChunkGroups = 8, kChunkBlocks = kChunkGroups * kGroup / kBlockK;
-    static constexpr int kRowBytes = sizeof(Factors<kByGroup>) / 2, kBytes = kChunkGroups * 16 * kRowBytes;
-    const WgmmaArgs& args;
-    uint32_t smem;
-    int lane;
-    uint2 scale, zero;  // four of a row tile's, 16-bit
-
-    __device__ Scales(const WgmmaArgs& a, uint32_t to, int l) : args(a), smem(to), lane(l) {}
-    __device__ __forceinline__ void prefetch(int row_tile, int block) {
-      const int group = min(block * kBlockK / kGroup + lane / 4, args.groups - 1);
-      const int64_t at = (int64_t(row_tile) * args.groups + group) * 4 + lane % 4;  // in fours
-      scale = __ldg(static_cast<const uint2*>(args.w_scale) + at);
-      zero = __ldg(static_cast<const uint2*>(args.w_zero) + at);
-    }
-    __device__ __forceinline__ void widen(const uint2& v, float (&out)[4]) const {
-      const bool half = args.scale_type == fastinfer::Element::kHalf;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t word = i == 0 ? v.x : v.y;
-        const float2 pair = half ? __half22float2(as_half2(word)) : __bfloat1622float2(as_bfloat162(word));
-        out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
-      }
-    }
-    // At the start of every chunk: what was prefetched becomes current.
-    __device__ __forceinline__ void turn() {
-      float s[4], z[4];
-      widen(scale, s);
-      widen(zero, z);
-      __syncwarp();
-      const uint32_t to = smem + lane * 4 * kRowBytes;
-      if constexpr (kByGroup) {
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          store_smem16(to + i * kRowBytes,
-                       {__float_as_uint(s[i]), __float_as_uint(-z[i] - kInt4Offset<T>), __float_as_uint(s[i + 1]),
-                        __float_as_uint(-z[i + 1] - kInt4Offset<T>)});
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t offset = pack_pair<T>(z[i] + kExponent, z[i] + kExponent), high = pack_pair<T>(s[i], s[i]);
-          const float low = s[i] - low_of(T{}, high), shift = (low_of(T{}, offset) - kExponent - z[i]) * s[i];
-          store_smem16(to + i * kRowBytes, {offset, high, pack_pair<T>(low, low), pack_pair<T>(shift, shift)});
-        }
-      }
-      __syncwarp();
-    }
-    // Of a group of the chunk.
-    __device__ __forceinline__ Factors<kByGroup> factors(int group) const {
-      Factors<kByGroup> out;
-      const uint32_t from = smem + (group * 16 + lane / 4 * 2) * kRowBytes;
-      if constexpr (kByGroup) {
-        const uint4 v = load_smem16(from);
-        out.row[0] = {__uint_as_float(v.x), __uint_as_float(v.y)};
-        out.row[1] = {__uint_as_float(v.z), __uint_as_float(v.w)};
-      } else {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const uint4 v = load_smem16(from + row * kRowBytes);
-          out.row[row] = {v.x, v.y, v.z, v.w};
-        }
-      }
-      return out;
-    }
-  };
-
-  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[4]) {
-    const uint4 v = load_smem16(tile + lane * 16);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-  }
-  static __device__ __forceinline__ void make_a(const uint32_t (&words)[4], int step, const Factors<false>& factors,
-                                                uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // nibbles i and i + 4, of row g or g + 8
-      const FragmentFactors& f = factors.row[i % 2];
-      const auto q = as_pair(T{}, lop3<kAndOr>(words[step] >> (4 * i), 0x000F000F, kMagic));
-      const auto d = __hsub2(q, as_pair(T{}, f.offset));
-      const auto low = __hfma2(d, as_pair(T{}, f.scale_low), as_pair(T{}, f.shift));
-      a[i] = bits(__hfma2(d, as_pair(T{}, f.scale), low));
-    }
-  }
-  static __device__ __forceinline__ void make_unscaled_a(const uint32_t (&words)[4], int step, uint32_t (&a)[4]) {
-    int4x8_to_pairs<T>(words[step], a);
-  }
-};
-
-// int8 weights have one scale a row, which the epilogue multiplies by.
-template <bool kByGroup>
-struct NoScales {
-  struct Factors {};
-  static constexpr int kChunkBlocks = 1 << 30, kBytes = 0;
-  __device__ NoScales(const WgmmaArgs&, uint32_t, int) {}
-  __device__ __forceinline__ void prefetch(int, int) {}
-  __device__ __forceinline__ void turn() {}
-  __device__ __forceinline__ Factors factors(int) const { return {}; }
-};
-
-template <typename T>
-struct Int8Wgmma {
-  using Element = T;
-  using Accumulator = float;
-  static constexpr int kSteps = 4, kTileBytes = 1024, kBlockK = 64, kGroup = 128;
-  static constexpr bool kDirect = false;
-  static constexpr bool by_group(int) { return false; }
-  template <bool kByGroup>
-  using Factors = typename NoScales<kByGroup>::Factors;
-  template <bool kByGroup>
-  using Scales = NoScales<kByGroup>;
-  static __device__ __forceinline__ void load_words(uint32_t tile, int lane, uint32_t (&words)[8]) {
-    const uint4 v = load_smem16(tile + lane * 16), u = load_smem16(tile + 512 + lane * 16);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    words[4] = u.x, words[5] = u.y, words[6] = u.z, words[7] = u.w;
-  }
-  static __device__ __forceinline__ void make_a(const uint32_t (&words)[8], int step, const Factors<false>&,
-                                                uint32_t (&a)[4]) {
-    int8x4_to_interleaved_pairs<T>(words[2 * step], a[0], a[1]);
-    int8x4_to_interleaved_pairs<T>(words[2 * step + 1], a[2], a[3]);
-  }
-};
-
-struct Int8x8Wgmma {
-  using Element = int8_t;
-  using Accumulator = int32_t;
-  static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
-  static constexpr bool kDirect = true;  // multiplied from shared memory
-  static constexpr bool by_group(int) { return false; }
-  template <bool kByGroup>
-  using Factors = typename NoScales<kByGroup>::Factors;
-  template <bool kByGroup>
-  using Scales = NoScales<kByGroup>;
-  // Of 64 rows: eight have 1024 bytes of a block, 128 for 16 columns, two of these a step.
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t tiles) {
-    return core_matrix_descriptor(tiles, 128, 1024);
-  }
-  static constexpr int kDescriptorStep = 256 / 16;
-};
-
 // ---- kernel -------------------------------------------------------------------------------------------------------------
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
 struct WgmmaMatmul {
   using Accumulator = typename Format::Accumulator;
   static constexpr bool kByGroup = Format::by_group(kTokens);
   using Scales = typename Format::template Scales<kByGroup>;
   using Factors = typename Format::template Factors<kByGroup>;
-  static constexpr int kThreads = 128 * (kConsumers + 1), kRowsPerCta = 64 * kConsumers, kTilesPerCta = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1), kTilesPerCta = 4 * kConsumers;
+  // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 24 · 128 + 104 · 256 ≤ 80 · 384 where two CTAs
+  // are resident, 32 · 128 + 112 · 512 ≤ 96 · 640.
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kResident > 1 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers > 2 ? 112 : kResident > 1 ? 104 : 232;
   static constexpr int kStageBlocks = kTokens < 256 ? 128 / Format::kBlockK : 1;  // of K
   static constexpr int kStageFactors =
       kStageBlocks * Format::kBlockK <= Format::kGroup ? 1 : kStageBlocks * Format::kBlockK / Format::kGroup;
@@ -251,27 +72,27 @@ struct WgmmaMatmul {
   static constexpr int kWeightBytes = kTilesPerCta * Format::kTileBytes;
   static constexpr int kStageBytes = kStageBlocks * (kXBytes + kWeightBytes);
   static constexpr int kWords = Format::kTileBytes / 128;  // of a lane, a block
-  // The result leaves through shared memory, at most 128 tokens at a time.
-  static constexpr int kStagedTokens = kTokens < 128 ? kTokens : 128;
-  static constexpr int kOutPitch = kRowsPerCta * 2 + 16;
-  static constexpr int kOutBytes = kStagedTokens * kOutPitch;
+  static constexpr int kStageTileBytes = kStageBlocks * Format::kTileBytes;  // of a row tile
+  // The result leaves through shared memory, kStagedTokens at a time; what other ranks send comes to the same place.
+  static constexpr int kStagedTokens = kTokens <= 64 ? 32 : 64;
+  static constexpr int kOutPitch = 64 * 2 + 16;  // of a warpgroup's rows
+  static constexpr int kOutBytes = kConsumers * kStagedTokens * kOutPitch;
+  static constexpr bool kSplits = kTokens < 256;  // the sums of more would not fit beside the ring
+  static constexpr int kEights = kTokens / 8, kEightBytes = 128 * kConsumers * 16;  // sums of eight tokens
   static constexpr int kScaleBytes = 4 * kConsumers * Scales::kBytes;
-  static constexpr int kSumBytes = kRowsPerCta * kTokens * 4;  // where ranks split K
   static constexpr int kMaxStages = 8;
   static constexpr int kBatchSteps = kStageBlocks * Format::kSteps / 2;
+  static constexpr int kBatchFactors = kStageFactors > 1 ? kStageFactors / 2 : 1;
   // By group: the sums of x of a stage, and who leaves a stage, warps of consumers and those that sum.
   static constexpr int kSumWarps = 2;
   static constexpr int kXSumBytes = kByGroup ? kStageFactors * kTokens * 4 : 0;  // a stage
-  static constexpr int kPieceSteps = kConsumers > 2 && kTokens > 32 ? 2 : Format::kSteps;  // what registers allow
   static constexpr int kLeavers = kByGroup ? 4 * kConsumers + kSumWarps : kConsumers;
 
-  static __host__ __device__ int ring_bytes(int stages, int ranks) {
-    const int ring = stages * kStageBytes;
-    return ranks > 1 && ring < kSumBytes ? kSumBytes : ring;
+  static __host__ __device__ int leaving_bytes(int ranks) {
+    return ranks > 1 ? (ranks - 1) * ((kEights + ranks - 1) / ranks) * kEightBytes : kOutBytes;
   }
   static __host__ __device__ int smem_bytes(int stages, int ranks) {
-    return 1024 + ring_bytes(stages, ranks) + kOutBytes + kScaleBytes +
-           kMaxStages * (kXSumBytes + 3 * 8);
+    return stages * kStageBytes + leaving_bytes(ranks) + kScaleBytes + kMaxStages * (kXSumBytes + 3 * 8) + 8;
   }
 
   struct Tile {
@@ -281,20 +102,14 @@ struct WgmmaMatmul {
   };
   struct Work {
     const WgmmaArgs& args;
-    int ranks, rank, member;  // of the cluster
-    int first, step;          // tiles of this cluster
-    int tiles;
-    int begin, end;  // blocks of K
-    bool gated;
+    int rank, member;  // in the cluster
+    int first;         // tile of this cluster
+    int begin, end;    // blocks of K
     __device__ explicit Work(const WgmmaArgs& a) : args(a) {
-      const int size = uniform(cluster_size()), at = uniform(cluster_rank());
-      ranks = size / kMembers, rank = at / kMembers, member = at % kMembers;
-      first = uniform(blockIdx.x / size), step = uniform(gridDim.x / size);
-      tiles = (a.row_blocks + kMembers - 1) / kMembers * a.token_tiles;
-      const int units = a.blocks * Format::kBlockK / 128;  // K is split by 128, so that no group is
-      begin = uniform(units * rank / ranks) * (128 / Format::kBlockK);
-      end = uniform(units * (rank + 1) / ranks) * (128 / Format::kBlockK);
-      gated = a.epilogue.gate != Gate::kNone;
+      const int at = uniform(cluster_rank());
+      rank = at / kMembers, member = at % kMembers;
+      first = uniform(a.cluster_reciprocal == 0 ? blockIdx.x : __umulhi(blockIdx.x, a.cluster_reciprocal));
+      begin = uniform(a.k_begin[rank]), end = uniform(a.k_begin[rank + 1]);
     }
     __device__ __forceinline__ Tile tile(int index, int group) const {
       const int row_group = index / args.token_tiles, row_block = row_group * kMembers + member;
@@ -302,60 +117,66 @@ struct WgmmaMatmul {
     }
   };
 
-  // mbarriers, one of each a stage.
+  // mbarriers, one of each a stage, and one for what other ranks send.
   struct Barriers {
-    uint32_t full, empty, summed;
+    uint32_t full, empty, summed, received;
   };
 
-  static __device__ void produce(const Work& work, uint32_t ring, const Barriers& barriers) {
-    const uint32_t full = barriers.full, empty = barriers.empty;
-    const WgmmaArgs& args = work.args;
-    const auto copy_weights = [&](const Tile& tile, int block, int stage) {
+  static __device__ __forceinline__ void copy_weights(const Work& work, uint32_t stage, uint32_t full, const Tile& tile,
+                                                      int block) {
 #pragma unroll
-      for (int i = 0; i < kStageBlocks * kConsumers; ++i) {
-        tensor_copy(ring + stage * kStageBytes + kStageBlocks * kXBytes + i * 4 * Format::kTileBytes, &args.w_map,
-                    (block + i / kConsumers) * (Format::kTileBytes / 8),
-                    tile.row_block * kTilesPerCta + i % kConsumers * 4, full + stage * 8);
-      }
-    };
-    const auto copy_x = [&](const Tile& tile, int block, int stage) {
+    for (int i = 0; i < kConsumers; ++i) {
+      tensor_copy(stage + kStageBlocks * kXBytes + i * 4 * kStageTileBytes, &work.args.w_map,
+                  block * (Format::kTileBytes / 8), tile.row_block * kTilesPerCta + i * 4, full);
+    }
+  }
+  static __device__ __forceinline__ void copy_x(const Work& work, uint32_t stage, uint32_t full, const Tile& tile,
+                                                int block) {
 #pragma unroll
-      for (int i = 0; i < kStageBlocks; ++i) {
-        const int column = (block + i) * Format::kBlockK, part = kTokens / kMembers * work.member;
-        const uint32_t to = ring + stage * kStageBytes + i * kXBytes + part * 128;
-        if constexpr (kMembers == 1) {
-          tensor_copy(to, &args.x_map, column, tile.token0, full + stage * 8);
-        } else {
-          const uint16_t all = ((1 << kMembers) - 1) << (work.rank * kMembers);
-          tensor_copy_multicast(to, &args.x_map, column, tile.token0 + part, full + stage * 8, all);
-        }
-      }
-    };
-    // The first stages' weights do not wait for the previous kernel.
-    int ahead = 0;
-    if (work.first < work.tiles) {
-      const Tile tile = work.tile(work.first, 0);
-      ahead = min(args.stages, (work.end - work.begin) / kStageBlocks);
-      for (int s = 0; s < ahead; ++s) {
-        mbarrier_arrive_expect(full + s * 8, kStageBytes);
-        copy_weights(tile, work.begin + s * kStageBlocks, s);
+    for (int i = 0; i < kStageBlocks; ++i) {
+      const int column = (block + i) * Format::kBlockK, part = kTokens / kMembers * work.member;
+      const uint32_t to = stage + i * kXBytes + part * 128;
+      if constexpr (kMembers == 1) {
+        tensor_copy(to, &work.args.x_map, column, tile.token0, full);
+      } else {
+        const uint16_t all = ((1 << kMembers) - 1) << (work.rank * kMembers);
+        tensor_copy_multicast(to, &work.args.x_map, column, tile.token0 + part, full, all);
       }
     }
+  }
+
+  // The first stages' weights, which do not wait for the previous kernel. Returns how many; none where there is nothing to
+  // wait for, since x would queue behind them.
+  static __device__ int copy_ahead(const Work& work, uint32_t ring, const Barriers& barriers) {
+    if (!work.args.dependent || work.first >= work.args.tiles) return 0;
+    const Tile tile = work.tile(work.first, 0);
+    const int ahead = min(work.args.stages, (work.end - work.begin) / kStageBlocks);
+#pragma unroll 1
+    for (int s = 0; s < ahead; ++s) {
+      mbarrier_arrive_expect(barriers.full + s * 8, kStageBytes);
+      copy_weights(work, ring + s * kStageBytes, barriers.full + s * 8, tile, work.begin + s * kStageBlocks);
+    }
+    return ahead;
+  }
+
+  static __device__ void produce(const Work& work, uint32_t ring, const Barriers& barriers, int ahead) {
     wait_for_previous_kernel();
     RingPosition at;
     bool first_round = true;
-    for (int index = work.first; index < work.tiles; index += work.step) {
+    for (int index = work.first; index < work.args.tiles; index += work.args.clusters) {
       const Tile tile = work.tile(index, 0);
+#pragma unroll 1
       for (int block = work.begin; block < work.end; block += kStageBlocks) {
+        const uint32_t stage = ring + at.stage * kStageBytes, full = barriers.full + at.stage * 8;
         if (ahead > 0) {
           --ahead;
         } else {
-          if (!first_round) mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-          mbarrier_arrive_expect(full + at.stage * 8, kStageBytes);
-          copy_weights(tile, block, at.stage);
+          if (!first_round) mbarrier_wait(barriers.empty + at.stage * 8, at.parity ^ 1);
+          mbarrier_arrive_expect(full, kStageBytes);
+          copy_weights(work, stage, full, tile, block);
         }
-        copy_x(tile, block, at.stage);
-        at.advance(args.stages);
+        copy_x(work, stage, full, tile, block);
+        at.advance(work.args.stages);
         if (at.stage == 0) first_round = false;
       }
     }
@@ -372,7 +193,7 @@ struct WgmmaMatmul {
     const uint32_t from = ring + first * 2048 + lane / 8 % 2 * 1024 + row * 128 + ((lane / 16) ^ row) * 16;
     const uint32_t to = x_sums + first * 64 + lane / 8 * 16 + lane / 4 % 2 * 4 + lane % 4 * 8;
     RingPosition at;
-    for (int index = work.first; index < work.tiles; index += work.step) {
+    for (int index = work.first; index < work.args.tiles; index += work.args.clusters) {
       for (int block = work.begin; block < work.end; block += kStageBlocks) {
         mbarrier_wait(barriers.full + at.stage * 8, at.parity);
 #pragma unroll
@@ -417,24 +238,23 @@ struct WgmmaMatmul {
                                                            int row_tile, RingPosition& at,
                                                            float (&sums)[kTokens / 2]) {
     static_assert(kStageBlocks == 2 && kStageFactors <= 2);
-    constexpr int kSteps = kPieceSteps, kPieces = kStageBlocks * Format::kSteps / kSteps;
-    constexpr int kBlockPieces = Format::kSteps / kSteps, kGroupPieces = kPieces / kStageFactors;
+    constexpr int kSteps = Format::kSteps, kPieces = kStageBlocks;  // a piece is a block
+    constexpr int kGroupPieces = kPieces / kStageFactors;
     const int lane = threadIdx.x % 32;
     const uint64_t x_descriptor = matrix_descriptor(ring);
     uint32_t a[2][kSteps][4], words[kWords];
     float part[kTokens / 2];
     const auto load = [&](int stage, int i) {
-      Format::load_words(my_words + stage * kStageBytes + i * kWeightBytes, lane, words);
+      Format::load_words(my_words + stage * kStageBytes + i * Format::kTileBytes, lane, words);
     };
     const auto make = [&](int piece) {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        Format::make_unscaled_a(words, piece % kBlockPieces * kSteps + j, a[piece % 2][j]);
+        Format::make_unscaled_a(words, j, a[piece % 2][j]);
       }
     };
     const auto multiply = [&](int piece) {
-      const int i = piece / kBlockPieces, first = piece % kBlockPieces * kSteps;
-      const uint64_t b = x_descriptor + (at.stage * kStageBytes + i * kXBytes) / 16 + first * 2;
+      const uint64_t b = x_descriptor + (at.stage * kStageBytes + piece * kXBytes) / 16;
       wgmma_fence();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
@@ -479,7 +299,7 @@ struct WgmmaMatmul {
         }
         const int then = (piece + 1) % kPieces;
         if (then == 0) mbarrier_wait(barriers.full + next.stage * 8, next.parity);
-        if (then % kBlockPieces == 0) load(then == 0 ? next.stage : at.stage, then / kBlockPieces);
+        load(then == 0 ? next.stage : at.stage, then);
         if (piece > 0) wgmma_wait<1>();  // who read the fragments that are made next
         make(then);
         if ((piece + 1) % kGroupPieces == 0) {
@@ -537,24 +357,35 @@ struct WgmmaMatmul {
         const int ahead = block + Scales::kChunkBlocks;
         if (ahead < work.end) scales.prefetch(row_tile, ahead);
       }
-      Factors factors[kStageFactors];
+      Factors factors[kBatchFactors];
+      const auto load_factors = [&](int batch) {
 #pragma unroll
-      for (int i = 0; i < kStageFactors; ++i) {
-        factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + i);
-      }
+        for (int i = 0; i < kBatchFactors; ++i) {
+          factors[i] = scales.factors(chunk_block * Format::kBlockK / Format::kGroup + batch * kBatchFactors + i);
+        }
+      };
+      load_factors(0);
       mbarrier_wait(barriers.full + at.stage * 8, at.parity);
       const uint32_t from = my_words + at.stage * kStageBytes;
       uint32_t words[kStageBlocks][kWords];
 #pragma unroll
-      for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * kWeightBytes, lane, words[i]);
+      for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * Format::kTileBytes, lane, words[i]);
       // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made.
 #pragma unroll
       for (int batch = 0; batch < 2; ++batch) {
+        if (batch > 0 && kStageFactors > 1) load_factors(batch);
+        const auto make = [&](auto remainders) {
 #pragma unroll
-        for (int j = 0; j < kBatchSteps; ++j) {
-          const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-          constexpr int kStepK = Format::kBlockK / Format::kSteps;
-          Format::make_a(words[i], step, factors[s * kStepK / Format::kGroup], a[batch][j]);
+          for (int j = 0; j < kBatchSteps; ++j) {
+            const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
+            const Factors& f = factors[j * (Format::kBlockK / Format::kSteps) / Format::kGroup];
+            Format::template make_a<remainders.value>(words[i], step, f, a[batch][j]);
+          }
+        };
+        if (scales.remainders) {
+          make(std::true_type{});
+        } else {
+          make(std::false_type{});
         }
         wgmma_fence();
 #pragma unroll
@@ -574,19 +405,22 @@ struct WgmmaMatmul {
     if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
   }
 
-  static __device__ void consume(const Work& work, uint32_t ring, uint32_t out, uint32_t scale_smem, uint32_t x_sums,
-                                 const Barriers& barriers) {
+  static __device__ void consume(const Work& work, uint32_t ring, uint32_t leaving, uint32_t scale_smem,
+                                 uint32_t x_sums, const Barriers& barriers) {
     const WgmmaArgs& args = work.args;
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * Format::kTileBytes;
-    Scales scales(args, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
+    const uint32_t my_words = ring + kStageBlocks * kXBytes + (group * 4 + warp) * kStageTileBytes;
+    Scales scales(args.scales, scale_smem + (group * 4 + warp) * Scales::kBytes, lane);
     const auto my_tile = [&](const Tile& tile) { return min(tile.row_tile + warp, args.row_tiles - 1); };
     RingPosition at;
     Accumulator sums[kTokens / 2];
-    if (work.first < work.tiles) scales.prefetch(my_tile(work.tile(work.first, group)), work.begin);
+    if (work.first < args.tiles) scales.prefetch(my_tile(work.tile(work.first, group)), work.begin);
+    if constexpr (kMembers > 1) cluster_wait();  // for barriers that leave_stage arrives on
     wait_for_previous_kernel();
-    for (int index = work.first; index < work.tiles; index += work.step) {
+    for (int index = work.first; index < args.tiles; index += args.clusters) {
       const Tile tile = work.tile(index, group);
+      const auto row_terms = [&] { return RowTerms(args.epilogue, (tile.row_tile + warp) * 16 + lane / 4); };
+      const RowTerms early = row_terms();  // from memory, while the sums are made; used where registers allow
       if constexpr (kByGroup) {
         multiply_by_group(work, ring, my_words, x_sums, barriers, scales, my_tile(tile), at, sums);
       } else if constexpr (Format::kDirect) {
@@ -595,191 +429,303 @@ struct WgmmaMatmul {
         multiply(work, ring, my_words, barriers, scales, my_tile(tile), at, sums);
       }
       const auto prefetch_next = [&] {
-        if (index + work.step < work.tiles) scales.prefetch(my_tile(work.tile(index + work.step, group)), work.begin);
+        const int next = index + args.clusters;
+        if (next < args.tiles) scales.prefetch(my_tile(work.tile(next, group)), work.begin);
       };
       if (kConsumers == 2) prefetch_next();
-      if (work.ranks > 1) {
-        combine(work, ring, out, tile, sums);
+      const RowTerms terms = kConsumers == 2 ? early : row_terms();
+      if (kSplits && args.ranks > 1) {
+        combine(work, my_words, leaving, barriers, tile, terms, sums);
       } else {
-        store(work, out, tile, 0, kTokens / 8, [&](int j, Accumulator(&v)[4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
-        });
+        store(work, leaving + group * kStagedTokens * kOutPitch, tile, terms, sums);
       }
       __syncwarp();  // the stores return lane by lane, and aligned instructions follow
       if (kConsumers > 2) prefetch_next();  // no registers for it before
     }
   }
 
-  // Tokens 8j … for j in [j0, j1) to y, 16-bit ones through shared memory. fetch(j, v) gives a lane's four sums of them.
-  template <typename F>
-  static __device__ __forceinline__ void store(const Work& work, uint32_t out, const Tile& tile, int j0, int j1,
-                                               F&& fetch) {
-    const WgmmaArgs& args = work.args;
+  // ---- from sums to y: 16-bit results are staged in shared memory, in eights of tokens ---------------------------------
+  // Without ranks a warpgroup stages together, for lines of 128 bytes. Where it was one of several ranks a warp does so by
+  // itself, in sectors of 32: few tokens are left, and barriers would cost more. Warpgroups never wait for each other here.
+
+  // Where an eight of tokens is staged; a warp's own in what its weights came in.
+  template <int kWarps>
+  static __device__ __forceinline__ uint32_t staged(uint32_t base, int eight) {
+    constexpr int kStageEights = kStageTileBytes / 256;
+    if constexpr (kWarps == 4) return base + eight * 8 * kOutPitch;
+    return base + eight / kStageEights * kStageBytes + eight % kStageEights * 256;
+  }
+  template <int kWarps>
+  static constexpr int kPitch = kWarps == 4 ? kOutPitch : 32;  // from token to token
+
+  // f(where it is staged, where in y) for eights of columns of `eights` eights of tokens from `token0` on.
+  template <int kWarps, typename F>
+  static __device__ __forceinline__ void for_rows(const WgmmaArgs& args, uint32_t base, const Tile& tile, int token0,
+                                                  int eights, F&& f) {
     const Epilogue& epilogue = args.epilogue;
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const RowTerms terms(epilogue, tile.row_tile * 16 + warp * 16 + lane / 4);
-    if constexpr (sizeof(Y) == 4) {  // eight lanes fill a 32-byte sector
-#pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-        if (j < j0 || j >= j1) continue;
-        Accumulator sums[4];
-        fetch(j, sums);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = tile.token0 + 8 * j + 2 * (lane % 4) + i;
-          if (token < args.m) epilogue.store_pair(token, terms.row, sums[i], sums[i + 2]);
-        }
-      }
-    } else {
-      stage_and_store(work, out, tile, j0, j1, terms, fetch);
+    const int gated = epilogue.gate != Gate::kNone ? 1 : 0;
+    const int thread = threadIdx.x % (32 * kWarps), shift = (kWarps == 4 ? 3 : 1) - gated;  // log2 of a token's pieces
+    const int piece = thread & ((1 << shift) - 1);
+    const int row = (tile.row_tile + (kWarps == 4 ? 0 : threadIdx.x % 128 / 32)) * 16;
+    const int column = (row >> gated) + piece * 8, last = min(eights * 8, args.m - token0);
+    if (column >= epilogue.n >> gated) return;
+    for (int i = thread >> shift; i < last; i += 32 * kWarps >> shift) {
+      const uint32_t smem = staged<kWarps>(base, i / 8) + i % 8 * kPitch<kWarps> + piece * 16;
+      f(smem, int64_t(token0 + i) * epilogue.y_stride + column);
     }
   }
-
-  template <typename F>
-  static __device__ __forceinline__ void stage_and_store(const Work& work, uint32_t out, const Tile& tile, int j0,
-                                                         int j1, const RowTerms& terms, F&& fetch) {
-    const WgmmaArgs& args = work.args;
-    const Epilogue& epilogue = args.epilogue;
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const bool gated = work.gated;
-    const int row = group * 64 + warp * 16;
-    const uint32_t to = out + lane % 8 * kOutPitch + (gated ? row / 2 : row + lane / 8 % 2 * 8) * 2;
-    constexpr int kTilesStaged = kStagedTokens / 8;
+  template <int kWarps>
+  static __device__ __forceinline__ void load_residual(const WgmmaArgs& args, uint32_t base, const Tile& tile,
+                                                       int token0, int eights) {
+    const Y* residual = static_cast<const Y*>(args.epilogue.residual);
+    const bool wide = args.epilogue.y_stride % 8 == 0 && reinterpret_cast<uintptr_t>(residual) % 16 == 0;
+    for_rows<kWarps>(args, base, tile, token0, eights, [&](uint32_t smem, int64_t at) {
+      Pack<Y, 8> v;
+      if (wide) {
+        v = *reinterpret_cast<const Pack<Y, 8>*>(residual + at);
+      } else {
 #pragma unroll
-    for (int half = 0; half < kTokens / kStagedTokens; ++half) {
-      barrier(kConsumerBarrier, 128 * kConsumers);  // the buffer is free
-#pragma unroll
-      for (int k = 0; k < kTilesStaged; ++k) {
-        const int j = half * kTilesStaged + k;
-        if (j < j0 || j >= j1) continue;
-        Accumulator sums[4];
-        fetch(j, sums);
-        const int token = tile.token0 + 8 * j + 2 * (lane % 4);
-        float v[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = terms.value(epilogue, min(token + i % 2, args.m - 1), i / 2, sums[i]);
-        const uint32_t at = to + 8 * k * kOutPitch;
-        if (gated) {
-          const Gate gate = epilogue.gate;
-          store_matrix_transposed(at, pack_pair<Y>(gate_value(gate, v[0]) * v[2], gate_value(gate, v[1]) * v[3]));
-        } else {
-          store_two_matrices_transposed(at, pack_pair<Y>(v[0], v[1]), pack_pair<Y>(v[2], v[3]));
-        }
+        for (int c = 0; c < 8; ++c) v.v[c] = residual[at + c];
       }
-      barrier(kConsumerBarrier, 128 * kConsumers);
-      store_rows(work, out, tile, half * kTilesStaged, j0, j1);
-    }
+      store_smem16(smem, *reinterpret_cast<const uint4*>(&v));
+    });
   }
-
-  // From the staging buffer to y, eight columns a thread.
-  static __device__ __forceinline__ void store_rows(const Work& work, uint32_t out, const Tile& tile, int first_j,
-                                                    int j0, int j1) {
-    const WgmmaArgs& args = work.args;
-    const Epilogue& epilogue = args.epilogue;
-    const bool wide = epilogue.y_stride % 8 == 0;
-    const int columns = work.gated ? kRowsPerCta / 2 : kRowsPerCta, limit = work.gated ? epilogue.n / 2 : epilogue.n;
-    const int shift = (kRowsPerCta == 256 ? 5 : 4) - (work.gated ? 1 : 0);  // log2 of the pieces of a token
-    const int column = tile.row_block * columns + (threadIdx.x & ((1 << shift) - 1)) * 8;
-    const int last = min(min(j1 - first_j, kStagedTokens / 8) * 8, args.m - tile.token0 - first_j * 8);
-    if (column >= limit) return;
-    Y* y = static_cast<Y*>(epilogue.y);
-    const Y* residual = static_cast<const Y*>(epilogue.residual);
-    const int step = 128 * kConsumers >> shift;
-#pragma unroll 2
-    for (int i = ((threadIdx.x - 128) >> shift) + max(j0 - first_j, 0) * 8; i < last; i += step) {
-      const uint32_t from = out + i * kOutPitch + (threadIdx.x & ((1 << shift) - 1)) * 16;
-      Pack<Y, 8> v = as_pack(load_smem16(from));
-      const int64_t at = int64_t(tile.token0 + first_j * 8 + i) * epilogue.y_stride + column;
-      if (residual != nullptr) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (column + c < limit) v.v[c] = from_float<Y>(to_float(v.v[c]) + to_float(residual[at + c]));
-        }
-      }
-      if (wide && column + 8 <= limit) {
+  template <int kWarps>
+  static __device__ __forceinline__ void store_rows(const WgmmaArgs& args, uint32_t base, const Tile& tile, int token0,
+                                                    int eights) {
+    Y* y = static_cast<Y*>(args.epilogue.y);
+    const bool wide = args.epilogue.y_stride % 8 == 0;
+    for_rows<kWarps>(args, base, tile, token0, eights, [&](uint32_t smem, int64_t at) {
+      const uint4 words = load_smem16(smem);
+      const Pack<Y, 8>& v = *reinterpret_cast<const Pack<Y, 8>*>(&words);
+      if (wide) {
         *reinterpret_cast<Pack<Y, 8>*>(y + at) = v;
       } else {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (column + c < limit) y[at + c] = v.v[c];
-        }
-      }
-    }
-  }
-  static __device__ __forceinline__ Pack<Y, 8> as_pack(const uint4& v) {
-    return *reinterpret_cast<const Pack<Y, 8>*>(&v);
-  }
-
-  // Ranks that split K: each leaves its sums in shared memory and adds up its share of the tokens.
-  static __device__ void combine(const Work& work, uint32_t ring, uint32_t out, const Tile& tile,
-                                 const Accumulator (&sums)[kTokens / 2]) {
-    const int thread = threadIdx.x - 128;
-    barrier(kConsumerBarrier, 128 * kConsumers);  // all are done with the ring
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      store_smem16(ring + (j * 128 * kConsumers + thread) * 16, *reinterpret_cast<const uint4*>(&sums[4 * j]));
-    }
-    cluster_sync();
-    const int j0 = kTokens / 8 * work.rank / work.ranks, j1 = kTokens / 8 * (work.rank + 1) / work.ranks;
-    store(work, out, tile, j0, j1, [&](int j, Accumulator(&total)[4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] = 0;
-      for (int r = 0; r < work.ranks; ++r) {
-        const uint4 v =
-            load_cluster16(map_to_rank(ring + (j * 128 * kConsumers + thread) * 16, r * kMembers + work.member));
-        const auto* values = reinterpret_cast<const Accumulator*>(&v);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] += values[i];
+        for (int c = 0; c < 8; ++c) y[at + c] = v.v[c];
       }
     });
   }
 
+  // The rows of a lane in an eight that is staged, for load_ and store_…_transposed.
+  template <int kWarps, Gate kGate>
+  static __device__ __forceinline__ uint32_t lane_rows(uint32_t eight) {
+    const int warp = kWarps == 4 ? threadIdx.x % 128 / 32 : 0, lane = threadIdx.x % 32;
+    return eight + lane % 8 * kPitch<kWarps> + (kGate == Gate::kNone ? warp * 32 + lane / 8 % 2 * 16 : warp * 16);
+  }
+  // A lane's four sums of an eight of tokens, of which `token` is its first, to lane_rows, where the residual is already.
+  template <Gate kGate>
+  static __device__ __forceinline__ void stage(const Epilogue& epilogue, const RowTerms& terms, uint32_t at, int token,
+                                               int last_token, const Accumulator (&sums)[4]) {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = terms.value(epilogue, min(token + i % 2, last_token), i / 2, sums[i]);
+    if constexpr (kGate == Gate::kNone) {
+      if (epilogue.residual != nullptr) {
+        uint32_t residual[2];
+        load_two_matrices_transposed(residual, at);
+        const float2 first = widen_pair(Y{}, residual[0]), second = widen_pair(Y{}, residual[1]);
+        v[0] += first.x, v[1] += first.y, v[2] += second.x, v[3] += second.y;
+      }
+      store_two_matrices_transposed(at, pack_pair<Y>(v[0], v[1]), pack_pair<Y>(v[2], v[3]));
+    } else {
+      float2 out{gate_value(kGate, v[0]) * v[2], gate_value(kGate, v[1]) * v[3]};
+      if (epilogue.residual != nullptr) {
+        const float2 residual = widen_pair(Y{}, load_matrix_transposed(at));
+        out.x += residual.x, out.y += residual.y;
+      }
+      store_matrix_transposed(at, pack_pair<Y>(out.x, out.y));
+    }
+  }
+  // f with the gate as a constant: one short stretch of code for each, rather than jumps over all of them.
+  template <typename F>
+  static __device__ __forceinline__ void with_gate(Gate gate, F&& f) {
+    if (gate == Gate::kNone) {
+      f(std::integral_constant<Gate, Gate::kNone>{});
+    } else if (gate == Gate::kSilu) {
+      f(std::integral_constant<Gate, Gate::kSilu>{});
+    } else if (gate == Gate::kGelu) {
+      f(std::integral_constant<Gate, Gate::kGelu>{});
+    } else {
+      f(std::integral_constant<Gate, Gate::kGeluTanh>{});
+    }
+  }
+  // Where y is fp32, eight lanes fill a sector.
+  static __device__ __forceinline__ void store_floats(const WgmmaArgs& args, int row, int token,
+                                                      const Accumulator (&sums)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (token + i < args.m) args.epilogue.store_pair(token + i, row, sums[i], sums[i + 2]);
+    }
+  }
+
+  static __device__ __forceinline__ void store(const Work& work, uint32_t out, const Tile& tile, const RowTerms& terms,
+                                               const Accumulator (&sums)[kTokens / 2]) {
+    const WgmmaArgs& args = work.args;
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    const auto eight_sums = [&](int j, Accumulator(&v)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
+    };
+    if constexpr (sizeof(Y) == 4) {
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+        Accumulator v[4];
+        eight_sums(j, v);
+        store_floats(args, terms.row, tile.token0 + 8 * j + 2 * (lane % 4), v);
+      }
+    } else {
+      constexpr int kStagedEights = kStagedTokens / 8;
+#pragma unroll
+      for (int first = 0; first < kEights; first += kStagedEights) {
+        const int token0 = tile.token0 + 8 * first;
+        barrier(kStoreBarrier + group, 128);  // the buffer is free
+        if (args.epilogue.residual != nullptr) {
+          load_residual<4>(args, out, tile, token0, kStagedEights);
+          barrier(kStoreBarrier + group, 128);
+        }
+        with_gate(args.epilogue.gate, [&](auto gate) {
+          const uint32_t to = lane_rows<4, gate.value>(out);
+#pragma unroll
+          for (int k = 0; k < kStagedEights; ++k) {
+            Accumulator v[4];
+            eight_sums(first + k, v);
+            const int token = token0 + 8 * k + 2 * (lane % 4);
+            stage<gate.value>(args.epilogue, terms, to + 8 * k * kOutPitch, token, args.m - 1, v);
+          }
+        });
+        barrier(kStoreBarrier + group, 128);
+        store_rows<4>(args, out, tile, token0, kStagedEights);
+      }
+    }
+  }
+
+  // Ranks that split K. A thread's sums go to the thread of its number in the rank that owns the tokens.
+  static __device__ void combine(const Work& work, uint32_t my_words, uint32_t leaving, const Barriers& barriers,
+                                 const Tile& tile, const RowTerms& terms,
+                                 const Accumulator (&sums)[kTokens / 2]) {
+    const WgmmaArgs& args = work.args;
+    const int ranks = args.ranks, rank = work.rank, lane = threadIdx.x % 32;
+    const uint32_t mine = leaving + (threadIdx.x - 128) * 16;
+    const auto place = [&](int eight, int from, int to) {
+      return mine + (eight * (ranks - 1) + from - (from > to ? 1 : 0)) * kEightBytes;
+    };
+    const auto eight_sums = [&](int j) { return *reinterpret_cast<const uint4*>(&sums[4 * j]); };
+    if constexpr (kMembers == 1) cluster_wait();  // for the barriers that others receive on
+    uint32_t owner = 0, nth = ~0u;
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      const uint32_t now = ((j + 1) * uint32_t(ranks) - 1) / kEights;  // sum_begin[now] ≤ j < sum_begin[now + 1]
+      nth = now == owner ? nth + 1 : 0, owner = now;
+      if (owner == rank) continue;
+      const int to = owner * kMembers + work.member;
+      const uint32_t at = map_to_rank(place(nth, rank, owner), to), received = map_to_rank(barriers.received, to);
+      send16(at, eight_sums(j), received);
+    }
+    const int first = args.sum_begin[rank], count = args.sum_begin[rank + 1] - first, token0 = tile.token0 + 8 * first;
+    if constexpr (sizeof(Y) == 2) {
+      if (args.epilogue.residual != nullptr) load_residual<1>(args, my_words, tile, token0, count);
+    }
+    mbarrier_wait(barriers.received, 0);
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {  // unrolled for sums that are in registers; what comes after is not
+      if (j < first || j >= first + count) continue;
+      const uint32_t at = place(j - first, 0, 0);
+      uint4 received[kWgmmaMaxRanks - 1] = {};
+#pragma unroll
+      for (int i = 0; i < kWgmmaMaxRanks - 1; ++i) {
+        if (i < ranks - 1) received[i] = load_smem16(at + i * kEightBytes);
+      }
+      Accumulator total[4] = {};
+      const auto add = [&](const uint4& v) {
+        const auto* values = reinterpret_cast<const Accumulator*>(&v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] += values[i];
+      };
+#pragma unroll
+      for (int i = 0; i < kWgmmaMaxRanks; ++i) {  // in the ranks' order; those that are not there add 0
+        if (i == rank) add(eight_sums(j));
+        if (i < kWgmmaMaxRanks - 1) add(received[i]);
+      }
+      store_smem16(at, *reinterpret_cast<const uint4*>(total));
+    }
+    __syncwarp();
+    const auto for_totals = [&](auto&& f) {
+#pragma unroll 1
+      for (int k = 0; k < count; ++k) {
+        const uint4 v = load_smem16(place(k, 0, 0));
+        f(k, *reinterpret_cast<const Accumulator(*)[4]>(&v), token0 + 8 * k + 2 * (lane % 4));
+      }
+    };
+    if constexpr (sizeof(Y) == 4) {
+      for_totals([&](int, const Accumulator(&v)[4], int token) { store_floats(args, terms.row, token, v); });
+    } else {
+      with_gate(args.epilogue.gate, [&](auto gate) {
+        for_totals([&](int k, const Accumulator(&v)[4], int token) {
+          const uint32_t to = lane_rows<1, gate.value>(staged<1>(my_words, k));
+          stage<gate.value>(args.epilogue, terms, to, token, args.m - 1, v);
+        });
+      });
+      __syncwarp();
+      store_rows<1>(args, my_words, tile, token0, count);
+    }
+  }
+
   static __device__ void run(const WgmmaArgs& args) {
-    extern __shared__ unsigned char smem[];
-    const uint32_t ring = uniform((smem_address(smem) + 1023) / 1024 * 1024);  // the swizzle's period
-    const Work work(args);
-    const uint32_t out = ring + ring_bytes(args.stages, work.ranks), scale_smem = out + kOutBytes;
-    const uint32_t x_sums = scale_smem + kScaleBytes, full = x_sums + kMaxStages * kXSumBytes;
-    const Barriers barriers{full, full + kMaxStages * 8, full + 2 * kMaxStages * 8};
+    extern __shared__ __align__(1024) unsigned char wgmma_smem[];  // the swizzle's period
     if (threadIdx.x == 0) {
-      prefetch_tensor_map(&args.x_map);
       prefetch_tensor_map(&args.w_map);
+      prefetch_tensor_map(&args.x_map);
+    }
+    const Work work(args);
+    const uint32_t ring = uniform(smem_address(wgmma_smem));
+    const uint32_t leaving = ring + args.stages * kStageBytes, scale_smem = leaving + leaving_bytes(args.ranks);
+    const uint32_t x_sums = scale_smem + kScaleBytes, full = x_sums + kMaxStages * kXSumBytes;
+    const Barriers barriers{full, full + kMaxStages * 8, full + 2 * kMaxStages * 8, full + 3 * kMaxStages * 8};
+    if (threadIdx.x == 0) {
       for (int s = 0; s < args.stages; ++s) {
         mbarrier_init(barriers.full + s * 8, 1);
         mbarrier_init(barriers.empty + s * 8, kLeavers * kMembers);
         if constexpr (kByGroup) mbarrier_init(barriers.summed + s * 8, kSumWarps);
       }
+      mbarrier_init(barriers.received, 1);
       mbarrier_init_fence();
+      const int eights = args.sum_begin[work.rank + 1] - args.sum_begin[work.rank];
+      mbarrier_arrive_expect(barriers.received, (args.ranks - 1) * eights * kEightBytes);
     }
-    if (cluster_size() > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
+    __syncwarp();
+    // Waited for before the first access to another CTA, and by every thread once.
+    const bool clustered = args.ranks * kMembers > 1;
+    if (clustered) cluster_arrive_relaxed();
+    __syncthreads();
     let_next_kernel_start();
-    // What a launch allots is shared out anew: 40 · 128 + 232 · 256 ≤ 168 · 384, 32 · 128 + 112 · 512 ≤ 96 · 640.
     if (threadIdx.x < 128) {
-      give_registers<kConsumers == 2 ? 40 : 32>();
-      if (threadIdx.x == 0) produce(work, ring, barriers);
+      give_registers<kProducerRegisters>();
+      const int ahead = threadIdx.x == 0 ? copy_ahead(work, ring, barriers) : 0;
+      if constexpr (kMembers > 1) {
+        __syncwarp();
+        cluster_wait();
+      }
+      if (threadIdx.x == 0) produce(work, ring, barriers, ahead);
       if constexpr (kByGroup) {
         if (threadIdx.x / 32 - 1 < kSumWarps) sum_x(work, ring, x_sums, barriers);
       }
       __syncwarp();
-      if (work.ranks > 1) cluster_sync();  // the consumers' in combine
+      if (kMembers == 1 && clustered) cluster_wait();
     } else {
-      take_registers<kConsumers == 2 ? 232 : 112>();
-      consume(work, ring, out, scale_smem, x_sums, barriers);
+      take_registers<kConsumerRegisters>();
+      consume(work, ring, leaving, scale_smem, x_sums, barriers);
     }
-    if (cluster_size() > 1) cluster_sync();  // nobody leaves while the others read its sums or arrive on its barriers
+    // No rank leaves before the others' sums have come; members also arrive on each other's barriers to the last.
+    if constexpr (kMembers > 1) cluster_sync();
   }
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
-__global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
+__global__ void __launch_bounds__(128 * (kConsumers + 1), kResident)
     wgmma_matmul_kernel(const __grid_constant__ WgmmaArgs args) {
 #ifdef FASTINFER_SM90A
-  WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>::run(args);
+  WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers, kResident>::run(args);
 #else
   __trap();  // rather than leave y as it was
 #endif
@@ -792,28 +738,36 @@ struct WgmmaPlan {
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-template <class Format, typename Y, int kTokens, int kConsumers, int kMembers>
+template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, int kResident>
 void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w, const WgmmaPlan& plan,
                   const LaunchContext& context) {
-  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers>;
-  args.blocks = static_cast<int>(x.size(1)) / Format::kBlockK;
+  using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers, kResident>;
+  const int k = static_cast<int>(x.size(1)), blocks = k / Format::kBlockK, resident_limit = context.limits().smem_per_multiprocessor / kResident - 1024;
+  const int limit = std::min(context.limits().smem_per_block, resident_limit);
   args.x_map = token_map(op, x, kTokens / kMembers);
-  args.w_map = weight_map(op, w, args.row_tiles, args.blocks, Format::kTileBytes);
-  args.row_blocks = (args.row_tiles + Kernel::kTilesPerCta - 1) / Kernel::kTilesPerCta;
+  args.w_map = weight_map(op, w, args.row_tiles, blocks / Kernel::kStageBlocks, Kernel::kStageTileBytes);
   args.token_tiles = (args.m + kTokens - 1) / kTokens;
-  const int limit = context.limits().smem_per_block,
-            ranks = std::min({plan.ranks, static_cast<int>(x.size(1)) / 128, kTokens / 8});
+  args.dependent = plan.dependent;
+  args.ranks = std::min({plan.ranks, k / 128, Kernel::kSplits ? kWgmmaMaxRanks : 1});
+  for (int r = 0; r <= args.ranks; ++r) {
+    args.k_begin[r] = k / 128 * r / args.ranks * (128 / Format::kBlockK);  // by 128, so that no group is split
+    args.sum_begin[r] = Kernel::kEights * r / args.ranks;
+  }
   args.stages = 2;
-  while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, ranks) <= limit) ++args.stages;
-  const int smem_bytes = Kernel::smem_bytes(args.stages, ranks);
-  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers>;
+  while (args.stages < Kernel::kMaxStages && Kernel::smem_bytes(args.stages + 1, args.ranks) <= limit) ++args.stages;
+  const int smem_bytes = Kernel::smem_bytes(args.stages, args.ranks);
+  const auto kernel = wgmma_matmul_kernel<Format, Y, kTokens, kConsumers, kMembers, kResident>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
-  // Ranks that split K make one tile only: their ring becomes the place where their sums meet.
-  const int64_t tiles = int64_t((args.row_blocks + kMembers - 1) / kMembers) * args.token_tiles;
-  const int size = ranks * kMembers;
+  constexpr int kClusterTiles = Kernel::kTilesPerCta * kMembers;
+  const int64_t tiles = int64_t((args.row_tiles + kClusterTiles - 1) / kClusterTiles) * args.token_tiles;
+  const int size = args.ranks * kMembers;
+  // Ranks that split K make one tile only: what they receive comes once.
   const int64_t clusters =
-      ranks > 1 ? tiles
-                : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context));
+      args.ranks > 1 ? tiles
+                     : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context, kResident));
+  FASTINFER_CHECK(op, tiles < INT32_MAX, "the matrices are too large: ", tiles, " tiles");
+  args.tiles = static_cast<int>(tiles), args.clusters = static_cast<int>(clusters);
+  if (size > 1) args.cluster_reciprocal = static_cast<uint32_t>(((int64_t(1) << 32) + size - 1) / size);
   launch_clusters(op, kernel, clusters * size, Kernel::kThreads, size, smem_bytes, plan.dependent, args, context);
 }
 
