@@ -1,4 +1,4 @@
-// wgmma: d[64, N] += a[64, k] · b[k, N], a in registers, b in shared memory (K-major, 128-byte swizzle), d in registers
+// wgmma: d[64, N] += a[64, k] · b[k, N], a in registers or shared memory, b in shared memory (K-major), d in registers
 // Source    PTX ISA, wgmma.mma_async: register fragments; matrix descriptor
 // Mapping   warp w of the warpgroup holds rows 16w …; lane 4g + t holds a and d as in mma.m16n8k16 (k32 for int8), d[4j …]
 //           being columns 8j + 2t, 8j + 2t + 1 of rows g and g + 8
@@ -22,6 +22,12 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// An operand without a swizzle: core matrices of eight rows × 16 bytes, 128 bytes each. The next 16 bytes of k are `k_stride`
+// bytes on, the next eight rows `row_stride`.
+__device__ __forceinline__ uint64_t core_matrix_descriptor(uint32_t smem, int k_stride, int row_stride) {
+  return uint64_t(row_stride >> 4) << 32 | uint64_t(k_stride >> 4) << 16 | ((smem & 0x3FFFF) >> 4);
 }
 
 // Rows of 128 bytes in groups of eight, as a tensor map with the 128-byte swizzle writes them. `smem` is 1024-byte
@@ -83,60 +89,74 @@ __device__ __forceinline__ uint32_t load_matrix_transposed(uint32_t address) {
 #define FASTINFER_OUT_128(c, d, i) FASTINFER_OUT_64(c, d, i), FASTINFER_OUT_64(c, d, i + 64)
 
 // `a0` is the number of the first operand after d's.
-#define FASTINFER_WGMMA(shape, types, tail, constraint, count, a0, a1, a2, a3, desc, keep)      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                    \
-               ", 0;\n"                                                                         \
-               "wgmma.mma_async.sync.aligned." shape "." types " {" FASTINFER_REGISTERS_##count \
-               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" desc ", add" tail ";\n}\n"          \
-               : FASTINFER_OUT_##count(constraint, d, 0)                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate))       \
+#define FASTINFER_WGMMA(shape, type, count, a0, a1, a2, a3, desc, keep)                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                                \
+               ", 0;\n"                                                                                     \
+               "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" FASTINFER_REGISTERS_##count \
+               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" desc ", add, 1, 1, 0;\n}\n"                     \
+               : FASTINFER_OUT_##count("f", d, 0)                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate))                   \
                : "memory")
 
-// T is the type of a and b: __nv_bfloat16, __half (k = 16) or int8_t (k = 32). Without `accumulate` d is overwritten.
-template <typename T, int kColumns, typename Accumulator>
-__device__ __forceinline__ void wgmma(Accumulator (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
-                                      bool accumulate) {
-  constexpr bool kInt8 = sizeof(T) == 1, kHalf = std::is_same_v<T, __half>;
+// T is the type of a and b: __nv_bfloat16 or __half, k = 16. Without `accumulate` d is overwritten.
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (kColumns == 16) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n16k32", "s32.s8.s8", "", "r", 8, "8", "9", "10", "11", "12", "13");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n16k16", "f32.f16.f16", ", 1, 1, 0", "f", 8, "8", "9", "10", "11", "12", "13");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n16k16", "f16", 8, "8", "9", "10", "11", "12", "13");
     } else {
-      FASTINFER_WGMMA("m64n16k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 8, "8", "9", "10", "11", "12", "13");
+      FASTINFER_WGMMA("m64n16k16", "bf16", 8, "8", "9", "10", "11", "12", "13");
     }
   } else if constexpr (kColumns == 32) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n32k32", "s32.s8.s8", "", "r", 16, "16", "17", "18", "19", "20", "21");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n32k16", "f32.f16.f16", ", 1, 1, 0", "f", 16, "16", "17", "18", "19", "20", "21");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n32k16", "f16", 16, "16", "17", "18", "19", "20", "21");
     } else {
-      FASTINFER_WGMMA("m64n32k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 16, "16", "17", "18", "19", "20", "21");
+      FASTINFER_WGMMA("m64n32k16", "bf16", 16, "16", "17", "18", "19", "20", "21");
     }
   } else if constexpr (kColumns == 64) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n64k32", "s32.s8.s8", "", "r", 32, "32", "33", "34", "35", "36", "37");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n64k16", "f32.f16.f16", ", 1, 1, 0", "f", 32, "32", "33", "34", "35", "36", "37");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n64k16", "f16", 32, "32", "33", "34", "35", "36", "37");
     } else {
-      FASTINFER_WGMMA("m64n64k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 32, "32", "33", "34", "35", "36", "37");
+      FASTINFER_WGMMA("m64n64k16", "bf16", 32, "32", "33", "34", "35", "36", "37");
     }
   } else if constexpr (kColumns == 128) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n128k32", "s32.s8.s8", "", "r", 64, "64", "65", "66", "67", "68", "69");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n128k16", "f32.f16.f16", ", 1, 1, 0", "f", 64, "64", "65", "66", "67", "68", "69");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n128k16", "f16", 64, "64", "65", "66", "67", "68", "69");
     } else {
-      FASTINFER_WGMMA("m64n128k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 64, "64", "65", "66", "67", "68", "69");
+      FASTINFER_WGMMA("m64n128k16", "bf16", 64, "64", "65", "66", "67", "68", "69");
     }
   } else if constexpr (kColumns == 256) {
-    if constexpr (kInt8) {
-      FASTINFER_WGMMA("m64n256k32", "s32.s8.s8", "", "r", 128, "128", "129", "130", "131", "132", "133");
-    } else if constexpr (kHalf) {
-      FASTINFER_WGMMA("m64n256k16", "f32.f16.f16", ", 1, 1, 0", "f", 128, "128", "129", "130", "131", "132", "133");
+    if constexpr (kHalf) {
+      FASTINFER_WGMMA("m64n256k16", "f16", 128, "128", "129", "130", "131", "132", "133");
     } else {
-      FASTINFER_WGMMA("m64n256k16", "f32.bf16.bf16", ", 1, 1, 0", "f", 128, "128", "129", "130", "131", "132", "133");
+      FASTINFER_WGMMA("m64n256k16", "bf16", 128, "128", "129", "130", "131", "132", "133");
     }
+  } else {
+    static_assert(kColumns < 0, "no wgmma of this width");
+  }
+}
+
+#define FASTINFER_WGMMA_SHARED(shape, count, a_operand, b_operand, keep)                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" keep                                    \
+               ", 0;\n"                                                                         \
+               "wgmma.mma_async.sync.aligned." shape ".s32.s8.s8 {" FASTINFER_REGISTERS_##count \
+               "}, %" a_operand ", %" b_operand ", add;\n}\n"                                   \
+               : FASTINFER_OUT_##count("r", d, 0)                                               \
+               : "l"(a), "l"(b), "r"(int(accumulate))                                           \
+               : "memory")
+
+// The same of int8, a in shared memory too, k = 32.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_int8(int32_t (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (kColumns == 32) {
+    FASTINFER_WGMMA_SHARED("m64n32k32", 16, "16", "17", "18");
+  } else if constexpr (kColumns == 64) {
+    FASTINFER_WGMMA_SHARED("m64n64k32", 32, "32", "33", "34");
+  } else if constexpr (kColumns == 128) {
+    FASTINFER_WGMMA_SHARED("m64n128k32", 64, "64", "65", "66");
+  } else if constexpr (kColumns == 256) {
+    FASTINFER_WGMMA_SHARED("m64n256k32", 128, "128", "129", "130");
   } else {
     static_assert(kColumns < 0, "no wgmma of this width");
   }

@@ -3,7 +3,7 @@
 // Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8; plain rows
 // Requires  sm90; K in whole units of the format; 16-byte aligned operands
 // Mapping   weights are the mma's 16-row operand, tokens its columns. A unit is 16 rows × kUnitK columns, 1024 bytes: two
-//           16-byte pieces a lane, each lane copying what it multiplies itself. So every warp has a ring of its own and
+//           16-byte pieces a lane, each warp copying what it multiplies itself. So every warp has a ring of its own and
 //           meets the others only where sums are added. The ranks of a cluster split K; x of a rank's slice stays in its
 //           shared memory. Within a CTA k_warps warps share a row tile, unit by unit in turn, the others take other tiles:
 //
@@ -54,6 +54,7 @@ struct DecodeArgs {
 //         same row tile, copy() brings the unit to a stage of a ring.
 // Tokens: what a lane holds of a unit's x; load() takes it from where the lane reads each token tile.
 // multiply: adds the units of kTiles row tiles, one every kStageBytes of the stage, times x to `sums`.
+// kShared: a lane multiplies what other lanes of its warp have copied.
 
 constexpr int kPieces = 1024;  // bytes of weights of a unit
 
@@ -95,6 +96,7 @@ template <typename T, int kGroup>  // scales and zero points fp16 or bf16
 struct Int4Decode {
   using Element = T;
   using Accumulator = float;
+  static constexpr bool kShared = false;
   static constexpr int kUnitK = 128, kUnitXBytes = 256, kGroups = kUnitK / kGroup, kSteps = kGroup / 16;
   static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
   // Σ x of a unit's groups: with few tokens each warp makes them as it goes, which costs less than to wait for them.
@@ -229,16 +231,13 @@ struct NoSums {
   static constexpr int kSumBytes = 0;
 };
 
-struct Int8Units : NoSums {  // what int8 weights are in memory, whatever they are multiplied by
-  static constexpr int kUnitK = 64, kStageBytes = kPieces;
-  using Source = TileSource;
-};
-
 template <typename T>
-struct Int8Decode : Int8Units {
+struct Int8Decode : NoSums {
   using Element = T;
   using Accumulator = float;
-  static constexpr int kUnitXBytes = 128;
+  using Source = TileSource;
+  static constexpr bool kShared = false;
+  static constexpr int kUnitK = 64, kUnitXBytes = 128, kStageBytes = kPieces;
   template <int kTokenTiles>
   using Tokens = PlainTokens<kTokenTiles, 4>;
 
@@ -267,22 +266,35 @@ struct Int8Decode : Int8Units {
   }
 };
 
-struct Int8x8Decode : Int8Units {
+struct Int8x8Decode : NoSums {
   using Element = int8_t;
   using Accumulator = int32_t;
-  static constexpr int kUnitXBytes = 64;
+  static constexpr bool kShared = true;
+  static constexpr int kUnitK = 64, kUnitXBytes = 64, kStageBytes = kPieces;
   template <int kTokenTiles>
   using Tokens = PlainTokens<kTokenTiles, 2>;
+
+  // A unit is half of a block of 128 columns: 512 bytes of rows 0 … 7, and of rows 8 … 15.
+  struct Source : TileSource {
+    using TileSource::TileSource;
+    __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
+      const unsigned char* from = w + (int64_t(at) * kPieces - (at & 1) * 512);
+      copy16_stream(stage + lane * 16, from);
+      copy16_stream(stage + 512 + lane * 16, from + 1024);
+    }
+  };
 
   template <int kTiles, int kTokenTiles>
   static __device__ __forceinline__ void multiply(const DecodeArgs&, uint32_t stage, const Tokens<kTokenTiles>& x,
                                                   int lane, int32_t (&sums)[kTiles][kTokenTiles][4]) {
+    // Of a step's four core matrices the second and fourth are of rows 8 … 15, the third and fourth of columns 16 … 31.
+    const uint32_t from = stage + lane / 8 % 2 * 512 + lane / 16 * 128 + lane % 8 * 16;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int a = 0; a < kTiles; ++a) {
-        const uint4 v = load_smem16(stage + a * kStageBytes + step * 512 + lane * 16);
-        const uint32_t fragment[4] = {v.x, v.y, v.z, v.w};
+        uint32_t fragment[4];
+        load_matrices(fragment, from + a * kStageBytes + step * 256);
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
           mma_m16n8k32_int8(sums[a][tile], fragment, x.b[tile][step][0], x.b[tile][step][1]);
@@ -298,6 +310,7 @@ template <typename T>
 struct RowsDecode : NoSums {
   using Element = T;
   using Accumulator = float;
+  static constexpr bool kShared = false;
   static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kPieces;
 
   struct Source {
@@ -597,7 +610,9 @@ struct DecodeMatmul {
         typename Format::template Tokens<kTokenTiles> tokens;
         tokens.load(from, from_sums, lane);
         copy_wait_for<kDepth - 1>();
+        if constexpr (Format::kShared) __syncwarp();
         Format::template multiply<kTiles, kTokenTiles>(args, stage, tokens, lane, sums);
+        if constexpr (Format::kShared) __syncwarp();
         producer.copy_next(stage);
         stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
 #pragma unroll

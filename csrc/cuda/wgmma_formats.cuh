@@ -207,12 +207,17 @@ struct Int8x8Wgmma {
   using Element = int8_t;
   using Accumulator = int32_t;
   static constexpr int kSteps = 4, kTileBytes = 2048, kBlockK = 128, kGroup = 128;
-  static constexpr bool kDirect = true;  // what lies in shared memory is the fragments
+  static constexpr bool kDirect = true;  // multiplied from shared memory
   static constexpr bool by_group(int) { return false; }
   template <bool kByGroup>
   using Factors = typename NoScales<kByGroup>::Factors;
   template <bool kByGroup>
   using Scales = NoScales<kByGroup>;
+  // Of 64 rows: eight have 1024 bytes of a block, 128 for 16 columns, two of these a step.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tiles) {
+    return core_matrix_descriptor(tiles, 128, 1024);
+  }
+  static constexpr int kDescriptorStep = 256 / 16;
 };
 
 }  // namespace fastinfer

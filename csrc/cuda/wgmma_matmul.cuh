@@ -3,9 +3,9 @@
 // Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8
 // Requires  sm90a; K % 128 == 0, N in whole tiles of 16 rows; x 16-byte aligned
 // Mapping   a CTA makes 64 · kConsumers rows of w × kTokens tokens: kConsumers warpgroups multiply, 64 rows each, and one
-//           thread of another copies. Weights go from shared memory to registers, become 16-bit (or stay int8) there and
-//           are wgmma's a; x arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment,
-//           the tensor cores work on its last one and on the other warpgroups'.
+//           thread of another copies. Weights go from shared memory to registers, become 16-bit there and are wgmma's a; x
+//           arrives through a tensor map, swizzled, and is b. While a warpgroup makes its next fragment, the tensor cores
+//           work on its last one and on the other warpgroups'. Beside int8 x weights are a as they lie in shared memory.
 //
 //             stage:  x  kStageBlocks × [kTokens][128 bytes of k]     a block is 128 bytes of x along K
 //                     w  4 · kConsumers row tiles × kStageBlocks blocks
@@ -314,6 +314,34 @@ struct WgmmaMatmul {
     }
   }
 
+  // A tile's sums where weights are multiplied from shared memory. The wgmmas of a stage are issued behind those of the one
+  // before, which is left as soon as they are done.
+  static __device__ __forceinline__ void multiply_direct(const Work& work, uint32_t ring, const Barriers& barriers,
+                                                         RingPosition& at, Accumulator (&sums)[kTokens / 2]) {
+    static_assert(kStageBlocks == 1);
+    const int group = uniform(threadIdx.x / 128 - 1), thread = threadIdx.x % 128;
+    const uint64_t x_descriptor = matrix_descriptor(ring);
+    const uint64_t w_descriptor = Format::descriptor(ring + kXBytes + group * 4 * Format::kTileBytes);
+    int last_stage = -1;
+    for (int block = work.begin; block < work.end; ++block) {
+      mbarrier_wait(barriers.full + at.stage * 8, at.parity);
+      const int stage = at.stage * (kStageBytes / 16);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Format::kSteps; ++step) {
+        wgmma_int8<kTokens>(sums, w_descriptor + stage + step * Format::kDescriptorStep,
+                            x_descriptor + stage + step * 2, block > work.begin || step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+      last_stage = at.stage;
+      at.advance(work.args.stages);
+    }
+    wgmma_wait<0>();
+    if (last_stage >= 0) leave_stage(work, barriers.empty + last_stage * 8, thread);
+  }
+
   // A tile's sums where the fragments are what is scaled.
   static __device__ __forceinline__ void multiply(const Work& work, uint32_t ring, uint32_t my_words,
                                                   const Barriers& barriers, Scales& scales, int row_tile,
@@ -340,12 +368,9 @@ struct WgmmaMatmul {
       mbarrier_wait(barriers.full + at.stage * 8, at.parity);
       const uint32_t from = my_words + at.stage * kStageBytes;
       uint32_t words[kStageBlocks][kWords];
-      if constexpr (!Format::kDirect) {
 #pragma unroll
-        for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * Format::kTileBytes, lane, words[i]);
-      }
-      // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made. Registers
-      // that a wgmma reads are not written before it is done, so direct fragments are loaded no earlier than here.
+      for (int i = 0; i < kStageBlocks; ++i) Format::load_words(from + i * Format::kTileBytes, lane, words[i]);
+      // Two batches a stage, in turn: while the tensor cores work on one, the fragments of the other are made.
 #pragma unroll
       for (int batch = 0; batch < 2; ++batch) {
         if (batch > 0 && kStageFactors > 1) load_factors(batch);
@@ -353,13 +378,8 @@ struct WgmmaMatmul {
 #pragma unroll
           for (int j = 0; j < kBatchSteps; ++j) {
             const int s = batch * kBatchSteps + j, i = s / Format::kSteps, step = s % Format::kSteps;
-            if constexpr (Format::kDirect) {
-              const uint4 v = load_smem16(from + i * Format::kTileBytes + step * 512 + lane * 16);
-              a[batch][j][0] = v.x, a[batch][j][1] = v.y, a[batch][j][2] = v.z, a[batch][j][3] = v.w;
-            } else {
-              const Factors& f = factors[j * (Format::kBlockK / Format::kSteps) / Format::kGroup];
-              Format::template make_a<remainders.value>(words[i], step, f, a[batch][j]);
-            }
+            const Factors& f = factors[j * (Format::kBlockK / Format::kSteps) / Format::kGroup];
+            Format::template make_a<remainders.value>(words[i], step, f, a[batch][j]);
           }
         };
         if (scales.remainders) {
@@ -403,6 +423,8 @@ struct WgmmaMatmul {
       const RowTerms early = row_terms();  // from memory, while the sums are made; used where registers allow
       if constexpr (kByGroup) {
         multiply_by_group(work, ring, my_words, x_sums, barriers, scales, my_tile(tile), at, sums);
+      } else if constexpr (Format::kDirect) {
+        multiply_direct(work, ring, barriers, at, sums);
       } else {
         multiply(work, ring, my_words, barriers, scales, my_tile(tile), at, sums);
       }

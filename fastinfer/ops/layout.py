@@ -23,11 +23,11 @@ GATE_ROWS = 8
 """Rows of a gate that stand together, before as many that they are multiplied with: LAYOUTS.md#gate-up."""
 
 # How a matrix is cut up: the dimensions of its row layout with their sizes (tiles and blocks of K take what is left), and
-# their order in memory. Row 8h + g of tile T; column 16s + 8c + 2t + e (or 16c + 4t + e) of block b; group G.
+# their order in memory. Row 8h + g of tile T; column 16s + 8c + 2t + e (or 16c + e) of block b; group G.
 _CUTS = {
     TILE_W4A16: (dict(T=-1, h=2, g=8, b=-1, s=4, c=2, t=4, e=2), "Tbgtsech"),
     TILE_W8A16: (dict(T=-1, h=2, g=8, b=-1, s=2, c=2, t=4, e=2), "Tbgtsceh"),
-    TILE_W8A8: (dict(T=-1, h=2, g=8, b=-1, c=2, t=4, e=4), "Tbgtche"),
+    TILE_W8A8: (dict(T=-1, h=2, g=8, b=-1, c=8, e=16), "Tbhcge"),
 }
 _SCALE_CUT = (dict(T=-1, h=2, g=8, G=-1), "TGgh")
 
@@ -134,10 +134,14 @@ def gather_rows(w: torch.Tensor, ids: torch.Tensor, layout: str) -> torch.Tensor
     n, k = w.shape
     if layout in (TILE_W8A16, TILE_W8A8):
         c = torch.arange(k, device=ids.device)
-        pairs = layout == TILE_W8A16
-        lane, rest = (c % 8 // 2, c % 16 // 8 * 4 + c % 2 * 2) if pairs else (c % 16 // 4, c % 4)
-        column = c // 32 * 512 + lane * 16 + c % 32 // 16 * 8 + rest
-        start = ids // TILE_ROWS * (TILE_ROWS * k) + ids % 8 * 64 + ids % TILE_ROWS // 8 * (1 if pairs else 4)
+        g, h = ids % 8, ids % TILE_ROWS // 8
+        if layout == TILE_W8A16:
+            column = c // 32 * 512 + c % 8 // 2 * 16 + c % 32 // 16 * 8 + c % 16 // 8 * 4 + c % 2 * 2
+            row = g * 64 + h
+        else:
+            column = c // 128 * 2048 + c % 128 // 16 * 128 + c % 16
+            row = h * 1024 + g * 16
+        start = ids // TILE_ROWS * (TILE_ROWS * k) + row
         in_tile = (ids < n - n % TILE_ROWS)[..., None]
         return w.view(-1)[torch.where(in_tile, start[..., None] + column, (ids * k)[..., None] + c)]
     units = w.view(torch.int32).view(-1)
