@@ -116,18 +116,18 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
 // ---- many tokens ------------------------------------------------------------------------------------------------------------
 
 // A shape of wgmma_matmul: tokens and warpgroups of a CTA, CTAs that share x, CTAs a multiprocessor; and what 128 k of a
-// tile take it, in ns, measured on an H200 (benchmarks/NOTES.md).
+// tile take it, in ns, measured on an H100 (benchmarks/NOTES.md).
 struct WgmmaShape {
   int tokens, consumers, members, resident, unit_ns;
 };
-constexpr std::array<WgmmaShape, 8> kWgmmaShapes{{{32, 4, 1, 1, 980},
+constexpr std::array<WgmmaShape, 8> kWgmmaShapes{{{32, 4, 1, 1, 830},
                                                   {64, 4, 1, 1, 1100},
-                                                  {64, 2, 1, 1, 680},
-                                                  {128, 2, 1, 1, 830},
-                                                  {256, 2, 1, 1, 1430},
-                                                  {256, 2, 2, 1, 1430},
+                                                  {64, 2, 1, 1, 650},
+                                                  {128, 2, 1, 1, 820},
+                                                  {256, 2, 1, 1, 1400},
+                                                  {256, 2, 2, 1, 1400},
                                                   {64, 4, 2, 1, 1100},
-                                                  {64, 2, 1, 2, 680}}};
+                                                  {64, 2, 1, 2, 650}}};
 
 // Each rank needs enough of K to be worth its sums, and 256 tokens have too many of them to exchange.
 inline bool can_split(const WgmmaShape& shape, int ranks, int k) {
