@@ -55,7 +55,7 @@ struct DecodeArgs {
 // Tokens: what a lane holds of a unit's x; load() takes it from where the lane reads each token tile.
 // multiply: adds the units of kTiles row tiles, one every kStageBytes of the stage, times x to `sums`.
 
-constexpr int kPieces = 1024;  // bytes of weights of a unit
+constexpr int kUnitBytes = 1024;  // of weights
 
 // Two steps of the mma an ldmatrix, 64 bytes of x.
 template <int kSteps>
@@ -85,7 +85,7 @@ struct TileSource {
   __device__ __forceinline__ void seek(int& at, int tile, int unit) const { at = tile * units + unit; }
   __device__ __forceinline__ void advance(int& at, int step) const { at += step; }
   __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
-    const unsigned char* from = w + int64_t(at) * kPieces;
+    const unsigned char* from = w + int64_t(at) * kUnitBytes;
     copy16_stream(stage + lane * 16, from);
     copy16_stream(stage + 512 + lane * 16, from + 512);
   }
@@ -96,7 +96,7 @@ struct Int4Decode {
   using Element = T;
   using Accumulator = float;
   static constexpr int kUnitK = 128, kUnitXBytes = 256, kGroups = kUnitK / kGroup, kSteps = kGroup / 16;
-  static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
+  static constexpr int kStageBytes = kUnitBytes + 2 * kGroups * 128;
   // Σ x of a unit's groups: with few tokens each warp makes them as it goes, which costs less than to wait for them.
   template <int kTokenTiles>
   static constexpr int kSumBytes = kTokenTiles > 1 ? kTokenTiles * kGroups * 32 : 0;
@@ -110,7 +110,7 @@ struct Int4Decode {
       const int64_t pairs = int64_t(at) * (kGroups * 32);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const uint32_t to = stage + kPieces + group * 256 + lane * 4;
+        const uint32_t to = stage + kUnitBytes + group * 256 + lane * 4;
         copy4(to, scale + pairs + group * 32);
         copy4(to + 128, zero + pairs + group * 32);
       }
@@ -201,7 +201,7 @@ struct Int4Decode {
         }
         if (s % kSteps != kSteps - 1) continue;
         const int group = s / kSteps;
-        const uint32_t scales = stage + kPieces + group * 256 + lane * 4;
+        const uint32_t scales = stage + kUnitBytes + group * 256 + lane * 4;
 #pragma unroll
         for (int a = 0; a < kTiles; ++a) {
           const float2 scale = load_pair(scales + a * kStageBytes, args.half_scales);
@@ -230,7 +230,7 @@ struct NoSums {
 };
 
 struct Int8Units : NoSums {  // what int8 weights are in memory, whatever they are multiplied by
-  static constexpr int kUnitK = 64, kStageBytes = kPieces;
+  static constexpr int kUnitK = 64, kStageBytes = kUnitBytes;
   using Source = TileSource;
 };
 
@@ -298,7 +298,7 @@ template <typename T>
 struct RowsDecode : NoSums {
   using Element = T;
   using Accumulator = float;
-  static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kPieces;
+  static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kUnitBytes;
 
   struct Source {
     struct Position {
@@ -378,15 +378,15 @@ struct DecodeMatmul {
     __device__ Work(const DecodeArgs& args, int warp) {
       ranks = 1 << args.rank_shift, rank = blockIdx.x & (ranks - 1);
       cluster = blockIdx.x >> args.rank_shift, clusters = gridDim.x >> args.rank_shift;
-      entries = kept(args.entries + (cluster < args.longer ? 1 : 0));
-      k_warps = kept(1 << args.k_shift), k_warp = warp & (k_warps - 1);
-      row_shift = kLogWarps - args.k_shift, row_warps = kept(1 << row_shift), row_warp = warp >> args.k_shift;
-      slice = kept(args.units * rank >> args.rank_shift);
+      entries = in_register(args.entries + (cluster < args.longer ? 1 : 0));
+      k_warps = in_register(1 << args.k_shift), k_warp = warp & (k_warps - 1);
+      row_shift = kLogWarps - args.k_shift, row_warps = in_register(1 << row_shift), row_warp = warp >> args.k_shift;
+      slice = in_register(args.units * rank >> args.rank_shift);
       units = (args.units * (rank + 1) >> args.rank_shift) - slice;
-      begin = kept(slice + k_warp), count = kept((units - k_warp + k_warps - 1) >> args.k_shift);
+      begin = in_register(slice + k_warp), count = in_register((units - k_warp + k_warps - 1) >> args.k_shift);
     }
     // The compiler would rather work it out again at every use, in the inner loop.
-    static __device__ __forceinline__ int kept(int v) {
+    static __device__ __forceinline__ int in_register(int v) {
       asm volatile("" : "+r"(v));
       return v;
     }
@@ -528,28 +528,20 @@ struct DecodeMatmul {
     }
   }
 
-  static __device__ __forceinline__ void store_sums(const uint32_t (&x)[kTokenTiles], uint32_t to, int lane) {
-    if constexpr (kSumBytes > 0) Format::template store_sums<kTokenTiles>(x, to, lane);
+  // Makes the mbarrier for the sums that come from the ranks of the cluster; cluster_wait() is until all have done so.
+  static __device__ __forceinline__ void expect_sums(const Work& work, uint32_t arrived, int owned) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(arrived, 1);
+      mbarrier_init_fence();
+      mbarrier_arrive_expect(arrived, owned * work.ranks * 512);
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
   }
 
-  static __device__ void run(const DecodeArgs& args) {
-    extern __shared__ __align__(16) unsigned char smem[];
-    const uint32_t base = smem_address(smem), arrived = base;  // mbarrier of the sums that ranks send
-    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const Work work(args, warp);
-    const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
-    const int parts = work.entries * kParts, owned = (parts - work.rank + work.ranks - 1) >> args.rank_shift;
-    if (work.ranks > 1) {
-      if (threadIdx.x == 0) {
-        mbarrier_init(arrived, 1);
-        mbarrier_init_fence();
-        mbarrier_arrive_expect(arrived, owned * work.ranks * 512);
-      }
-      __syncwarp();
-      cluster_arrive_relaxed();
-    }
-
-    Producer producer(args, work, lane);
+  // Fills the rings, waits for the previous kernel and brings the slice of x to shared memory.
+  static __device__ __forceinline__ void start_copies(const DecodeArgs& args, const Work& work, Producer& producer,
+                                                      uint32_t base, uint32_t ring) {
     XLoader loader(args, work, base);
     if (!args.dependent) loader.load();  // before the weights, which would hold it up
 #pragma unroll
@@ -566,6 +558,43 @@ struct DecodeMatmul {
     }
     __syncthreads();
     let_next_kernel_start();  // its copies would have held up those of x
+  }
+
+  // Σ x of all the CTA's units, where the warps will look for them.
+  static __device__ __forceinline__ void sum_ahead(const Work& work, const uint32_t (&x)[kTokenTiles], uint32_t sums,
+                                                   int warp, int lane) {
+    if constexpr (kSumBytes > 0) {
+      for (int unit = warp; unit < work.units; unit += kWarps) {
+        uint32_t from[kTokenTiles];
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
+        Format::template store_sums<kTokenTiles>(from, sums + unit * kSumBytes, lane);
+      }
+      __syncthreads();
+    }
+  }
+
+  // Adds up what the ranks have sent, the `owned` parts of entries, to y.
+  static __device__ __forceinline__ void finish_owned(const DecodeArgs& args, const Work& work, uint32_t base,
+                                                      int owned, int warp, int lane) {
+    for (int i = warp; i < owned; i += kWarps) {
+      const int index = (i << args.rank_shift) + work.rank;
+      Accumulator sum[4];
+      add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
+      finish(args, work, index / kParts, index % kParts, lane, sum);
+    }
+  }
+
+  static __device__ void run(const DecodeArgs& args) {
+    extern __shared__ __align__(16) unsigned char smem[];
+    const uint32_t base = smem_address(smem), arrived = base;  // mbarrier of the sums that ranks send
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const Work work(args, warp);
+    const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
+    const int parts = work.entries * kParts, owned = (parts - work.rank + work.ranks - 1) >> args.rank_shift;
+    if (work.ranks > 1) expect_sums(work, arrived, owned);
+    Producer producer(args, work, lane);
+    start_copies(args, work, producer, base, ring);
 
     uint32_t x[kTokenTiles];  // of the warp's first unit; absent tokens repeat the last one and are not stored
 #pragma unroll
@@ -574,15 +603,7 @@ struct DecodeMatmul {
       x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16;
     }
     uint32_t sums_of_x = args.sums_ahead ? base + args.smem_sums : 0;
-    if (kSumBytes > 0 && args.sums_ahead) {
-      for (int unit = warp; unit < work.units; unit += kWarps) {
-        uint32_t from[kTokenTiles];
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
-        store_sums(from, sums_of_x + unit * kSumBytes, lane);
-      }
-      __syncthreads();
-    }
+    if (args.sums_ahead) sum_ahead(work, x, sums_of_x, warp, lane);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) x[tile] += work.k_warp * Format::kUnitXBytes;
     if (args.sums_ahead) sums_of_x += work.k_warp * kSumBytes;
@@ -632,12 +653,7 @@ struct DecodeMatmul {
     if (work.ranks == 1) return;
 
     mbarrier_wait(arrived, 0);
-    for (int i = warp; i < owned; i += kWarps) {
-      const int index = (i << args.rank_shift) + work.rank;
-      Accumulator sum[4];
-      add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
-      finish(args, work, index / kParts, index % kParts, lane, sum);
-    }
+    finish_owned(args, work, base, owned, warp, lane);
   }
 };
 
