@@ -19,7 +19,8 @@
 //           order too. The rings are filled before the previous kernel has finished (dependent launch): weights do not
 //           depend on it.
 // Bound     memory: weights + scales
-// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py
+// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py; test_tile_plans.py
+//           (every shape and split), test_launch.py (dependent launch)
 #pragma once
 
 #include <type_traits>
@@ -652,7 +653,7 @@ struct DecodeMatmul {
     }
     if (work.ranks == 1) return;
 
-    mbarrier_wait(arrived, 0);
+    mbarrier_wait_cluster(arrived, 0);
     finish_owned(args, work, base, owned, warp, lane);
   }
 };
@@ -676,7 +677,7 @@ struct DecodePlan {
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-// False where K has too few units for so many ranks, or x and the sums do not fit the shared memory.
+// False where K has too few units for so many ranks, x and the sums do not fit the shared memory, or no cluster does the GPU.
 template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
 bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, const LaunchContext& context) {
   using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps>;
@@ -686,19 +687,22 @@ bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, cons
   args.rank_shift = __builtin_ctz(plan.ranks), args.k_shift = __builtin_ctz(std::min(plan.k_warps, kWarps));
   while (1 << args.k_shift > slice) --args.k_shift;
 
+  const int limit =
+      std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   const int most = (args.units + plan.ranks - 1) / plan.ranks;  // units of a rank
+  if (most > limit / Format::kUnitXBytes) return false;         // before sizes that would overflow
   const int longest = most * Format::kUnitXBytes;
   args.x_pitch = (longest + 127) / 128 * 128 + (kIsRows<Format> ? 64 : 16);  // token after token in other banks
   args.smem_x = 128 + Kernel::kRingBytes;
   args.smem_sums = (args.smem_x + args.m * args.x_pitch + 127) / 128 * 128;
   args.smem_slots = args.smem_sums + most * Kernel::kSumBytes;
 
-  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
-  const int limit =
-      std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   if (args.smem_slots > limit) return false;
+
+  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
   const int clusters =
-      std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+      std::min(groups, possible_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+  if (clusters == 0) return false;
   args.entries = groups / clusters, args.longer = groups % clusters;
 
   const int entries = args.entries + (args.longer > 0 ? 1 : 0), row_warps = kWarps >> args.k_shift;
