@@ -251,15 +251,18 @@ def install(device: Device, rows: Iterable[Row]) -> None:
 
 @contextlib.contextmanager
 def forced(kind: str, plan: Plan) -> Iterator[None]:
-    """Has this thread's tile matmuls of `kind` run as `plan` says; they raise RuntimeError where it cannot run."""
+    """Has this thread's tile matmuls of `kind` run as `plan` says; they raise RuntimeError where it cannot run.
+
+    An inner block goes before an outer one of its kind; "auto" there lifts what the outer one forces.
+    """
     numbers = _numbers(Weight(kind, 0, 0, 0), plan)
     if numbers is None:
         raise ValueError(f"there is no plan {plan} for {kind}")
-    torch.ops.fastinfer.force_tile_plan(*numbers)
+    before = torch.ops.fastinfer.force_tile_plan(kind, *numbers)
     try:
         yield
     finally:
-        torch.ops.fastinfer.force_tile_plan(0, 1, 0)
+        torch.ops.fastinfer.force_tile_plan(kind, *before)
 
 
 def _warn(message: str) -> None:
