@@ -20,8 +20,9 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.
   m.def("dependent_launch(bool on) -> bool");
-  // CUDA, cuda/tile_plan.cu: the plans that tile matmuls look up, the one that this thread's must run, and what there is.
+  // CUDA, cuda/tile_plan.cu: the plans that tile matmuls look up, the one that this thread's of a kind must run (returns
+  // what was forced before), and what there is.
   m.def("set_tile_plans(int capability, int multiprocessors, str kind, int[] rows) -> ()");
-  m.def("force_tile_plan(int kernel, int ranks, int shape) -> ()");
+  m.def("force_tile_plan(str kind, int kernel, int ranks, int shape) -> (int, int, int)");
   m.def("tile_plan_candidates(str kind) -> str");
 }

@@ -16,6 +16,7 @@ import torch
 
 import fastinfer
 from fastinfer import _native, ops
+from fastinfer.tuning import plans
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
@@ -89,6 +90,8 @@ def _gpus() -> dict[str, dict[str, Any]]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gb": round(properties.total_memory / 1e9, 1),
         }
+        if (properties.major, properties.minor) == (9, 0) and _native.status["cuda"] == "loaded":
+            gpus[f"cuda:{index}"]["plans"] = str(plans.find(plans.Device.of(index)))
     return gpus
 
 
@@ -190,6 +193,7 @@ def render(found: dict[str, Any]) -> str:
             for device, gpu in gpus.items()
         ],
         *([] if gpus else [("GPU", "none that torch can use")]),
+        *[("plans", f"{device}: {gpu['plans']}") for device, gpu in gpus.items() if "plans" in gpu],
         *([("", f"driver {', '.join(drivers)}")] if drivers else []),
         *[("library", f"{name}: {status}") for name, status in found["libraries"].items()],
         *[("setting", f"{name}={value}") for name, value in found["settings"].items()],

@@ -17,7 +17,7 @@ ROWS_COLUMNS = [(0, 32), (1, 1), (1, 16), (1, 384), (2, 33), (3, 100), (5, 17), 
 ROWS_COLUMNS += [(65, 96), (129, 384)]
 REAL_SHAPES = [(1, 2048, 2048), (16, 1536, 384), (128, 384, 1536), (7, 30522, 384), (1, 4096, 14336)]
 
-# for the tile layouts: N in multiples of 16, K of 128; every kernel shape, its splits of K, partly filled tiles
+# for the tile layouts: K in multiples of 128; every kernel shape, its splits of K, partly filled tiles
 TILE_SHAPES = [
     (1, 16, 128),
     (1, 48, 2048),
@@ -29,6 +29,7 @@ TILE_SHAPES = [
 ]
 TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), (129, 256, 384), (300, 1040, 2048)]
 TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
+TILE_SHAPES += [(13, 17000, 1152)]  # several row tiles a warp, which use buffers anew; a tail
 TILE_SHAPES += [(16, 72000, 4096), (16, 256, 53248)]  # too large for decode_matmul's shared memory
 
 # rows behind the tiles: 1 to 15 of them, one and more chunks of K a warp, fewer and more tokens than fill the GPU

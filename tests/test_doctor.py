@@ -76,6 +76,11 @@ def test_render_names_every_op_device_and_library():
     assert "All is well" in text and "→" not in text
 
 
+def test_render_says_which_plans_are_in_use():
+    assert "plans     cuda:0: plans_h100.json" in doctor.render(found(**{"gpus__cuda:0__plans": "plans_h100.json"}))
+    assert "plans" not in doctor.render(found())
+
+
 def test_nothing_to_do_where_all_is_well():
     assert found()["advice"] == []
 

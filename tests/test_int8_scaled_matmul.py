@@ -19,7 +19,7 @@ from test_int8_matmul import BAD_EPILOGUES, good_arguments, make
 from test_int8_matmul import layouts as layouts_of
 
 from fastinfer.ops import int8_quantize, int8_scaled_matmul
-from fastinfer.ops.layout import ROW
+from fastinfer.ops.layout import ROW, TILE_W8A8, convert
 
 op = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
 
@@ -211,3 +211,12 @@ def test_opcheck(given, device, native):
     rest = bias, torch.randn(3, 16, device=device), "silu_mul", ROW
     args = (q, w, w_scale, *rest, x_scale, torch.float32) if given else (x, w, w_scale, *rest, None, None)
     torch.library.opcheck(torch.ops.fastinfer.int8_scaled_matmul.default, args)
+
+
+def test_the_tile_layout_names_a_weight_that_it_cannot_take(device, tiles):
+    x, w, w_scale, bias = make(3, 32, 128, torch.bfloat16, device)
+    packed = torch.cat((w.new_zeros(4), convert(w, ROW, TILE_W8A8).view(-1)))[4:].view(32, 128)
+    with pytest.raises(RuntimeError, match="w must start on a 16-byte boundary"):
+        int8_scaled_matmul(x, packed, w_scale, bias, layout=TILE_W8A8)
+    with pytest.raises(RuntimeError, match="K in multiples of 128, got N = 32, K = 0"):
+        int8_scaled_matmul(x[:, :0], w[:, :0].contiguous(), w_scale, bias, layout=TILE_W8A8)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastinfer import _native, cli
+from fastinfer.ops import _common
 from fastinfer.timing import copies
 from fastinfer.tuning import plans, tuner, weights
 from fastinfer.tuning.plans import Device, Kernel, Plan, PlanFileError, Plans, PlanWarning, Row, Weight
@@ -51,7 +52,8 @@ def good() -> dict:
         ({"capability": 9.0}, "capability must be a string"),
         ({"capability": "9"}, 'capability must be a string such as "9.0"'),
         ({"multiprocessors": True}, "multiprocessors must be a whole number"),
-        ({"multiprocessors": 0}, "multiprocessors must be a whole number, 1 or more, got 0"),
+        ({"multiprocessors": 0}, "multiprocessors must be a whole number from 1 to 2147483647, got 0"),
+        ({"multiprocessors": 2**31}, "multiprocessors must be a whole number"),
         ({"rows": {}}, "rows must be a list"),
         ({"rows": [7]}, "rows[0] must be an object"),
     ],
@@ -72,6 +74,9 @@ def test_a_wrong_head_is_named(tmp_path, change, message):
         ({"kind": "w8a16"}, "group must be one of (0,) beside kind 'w8a16', got 128"),
         ({"n": "4096"}, "n must be a whole number"),
         ({"k": 0}, "k must be a whole number"),
+        ({"n": 2**31}, "n must be a whole number from 1 to 2147483647, got 2147483648"),
+        ({"m": 2**64}, "m must be a whole number"),
+        ({"ranks": 2**31}, "ranks must be a whole number"),
         ({"m": 1.5}, "m must be a whole number"),
         ({"kernel": None}, "kernel must be a string"),
         ({"ranks": 0}, "ranks must be a whole number"),
@@ -87,7 +92,7 @@ def test_a_wrong_row_is_named(tmp_path, change, message):
     assert str(error.value).startswith(f"{path}: rows[1]: ") and message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"', "\xff", "[" * 200_000])
 def test_a_file_that_is_no_plans_is_named(tmp_path, text):
     path = tmp_path / "plans.json"
     path.write_bytes(text.encode("latin-1"))
@@ -110,7 +115,7 @@ def test_the_shipped_files_are_right():
     assert shipped
     for path in shipped:
         for row in plans.read(path).rows:
-            assert row.weight.n % 16 == 0 and row.weight.k % 128 == 0
+            assert weights.takes(row.weight.kind, row.weight.n, row.weight.k)
 
 
 def test_where_own_plans_lie(monkeypatch, tmp_path):
@@ -134,7 +139,7 @@ def test_where_own_plans_lie(monkeypatch, tmp_path):
 @pytest.fixture
 def table(monkeypatch):
     """Stands in for the library's table: what it was set to, by kind."""
-    found = {}
+    found: dict = {}
     monkeypatch.setattr(plans, "kernels", lambda kind: {} if kind == "linear" else KERNELS)
     monkeypatch.setattr(
         torch.ops.fastinfer, "set_tile_plans", lambda *args: found.update({args[:3]: args[3]}), raising=False
@@ -165,6 +170,7 @@ def test_unknown_names_are_left_to_the_heuristics_with_one_warning(table):
         plans.install(H100, rows)
     (warning,) = caught
     text = str(warning.message)
+    assert "left to the heuristics" in text
     assert text.count("gemv 16-half /1") == 1 and "decode 48-half /1" in text and "decode 16-half /16" in text
     assert table[90, 132, "w4a16"][4::7] == [0, 0, 0, 0, 1]
 
@@ -180,9 +186,85 @@ def loading(table, monkeypatch, tmp_path):
     plans.write(tmp_path / "data" / "plans_pcie.json", Plans(other, [Row(W4, 512, WGMMA)]))
     own = tmp_path / "own.json"
     monkeypatch.setenv("FASTINFER_PLANS", str(own))
+    monkeypatch.setattr(plans, "load", functools.cache(plans.load.__wrapped__))
+    return own
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_plans_of_the_same_name_go_before_those_of_the_same_size(loading, table, tmp_path, monkeypatch):
+    """An H200 has as many multiprocessors as an H100."""
+    plans.write(loading, Plans(H100, []))
+    h200 = Device("NVIDIA H200", 90, 132)
+    monkeypatch.setattr(Device, "of", classmethod(lambda cls, index: h200))
+    plans.load(0)
+    assert table[90, 132, "w8a16"] == [0, 4096, 4096, 8, 1, 2, 0]
+    plans.write(tmp_path / "data" / "plans_h200.json", Plans(h200, [Row(W4, 8, WGMMA)]))
     plans.load.cache_clear()
-    yield own
-    plans.load.cache_clear()
+    plans.load(0)
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 8, 2, 1, 1] and table[90, 132, "w8a16"] == []
+
+
+def test_an_emptied_table_stays_empty_and_is_filled_again(loading, table):
+    plans.write(loading, Plans(H100, []))
+    with plans.emptied(0):
+        plans.load_for(GPU)  # as every op does
+        assert table[90, 132, "w4a16"] == []
+        plans.write(loading, Plans(H100, [Row(W4, 64, WGMMA)]))
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 64, 2, 1, 1]
+
+
+def test_tracing_loads_plans(loading, table):
+    """Once, and leaves nothing of it in the graph."""
+    plans.write(loading, Plans(H100, []))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def traced(x):
+        plans.load_for(GPU)
+        return x + 1
+
+    assert traced(torch.zeros(1)) == 1
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 8, 1, 2, 0]
+
+
+def test_ops_on_a_gpu_load_plans(loading, table, monkeypatch):
+    plans.write(loading, Plans(H100, []))
+    monkeypatch.setattr(_native, "backend", lambda device: "native")
+    monkeypatch.setattr(torch.ops.fastinfer, "some_op", lambda x: x, raising=False)
+
+    class OnGpu:
+        device, is_cuda = GPU, True
+
+    _common.run("some_op", None, OnGpu())
+    assert table[90, 132, "w4a16"] == [128, 4096, 4096, 8, 1, 2, 0]
+
+
+def test_what_is_in_use_is_told(loading, monkeypatch):
+    own = str(loading)
+    assert str(plans.find(H100)) == f"plans_h100.json (FASTINFER_PLANS names {own}, which is not there)"
+    plans.write(loading, Plans(H100, []))
+    assert str(plans.find(H100)) == f"plans_h100.json, {own}"
+    loading.write_text("{")
+    assert str(plans.find(H100)).endswith("the file is ignored)")
+    monkeypatch.setenv("FASTINFER_PLANS", "0")
+    assert str(plans.find(H100)) == "none, the heuristics choose (switched off by FASTINFER_PLANS=0)"
+
+
+def test_forced_plans_nest(table, monkeypatch):
+    """The library gives back what was forced before."""
+    now = {"w4a16": (0, 1, 0), "w8a16": (0, 1, 0)}
+
+    def force(kind, *numbers):
+        before, now[kind] = now[kind], numbers
+        return before
+
+    monkeypatch.setattr(torch.ops.fastinfer, "force_tile_plan", force, raising=False)
+    with plans.forced("w4a16", DECODE), plans.forced("w8a16", WGMMA):
+        with plans.forced("w4a16", Plan()):
+            assert now == {"w4a16": (0, 1, 0), "w8a16": (2, 1, 1)}
+        assert now == {"w4a16": (1, 2, 0), "w8a16": (2, 1, 1)}
+    assert now == {"w4a16": (0, 1, 0), "w8a16": (0, 1, 0)}
 
 
 def test_own_plans_go_before_the_shipped_ones_weight_by_weight(loading, table):
@@ -273,7 +355,8 @@ def test_rows_hold_their_times():
 def test_candidates_split_k_no_finer_than_it_is(monkeypatch):
     monkeypatch.setattr(plans, "kernels", lambda kind: KERNELS)
     assert {plan.ranks for plan in tuner.candidates(Weight("w8a16", 0, 64, 384))} == {1, 2, 3}
-    assert len(tuner.candidates(W4)) == 2 * 6 + 2 * 4  # 1, 2, 3, 4, 6, 8 ranks and 1, 2, 3, 4
+    assert {plan.ranks for plan in tuner.candidates(Weight("linear", 0, 64, 64))} == {1, 2}
+    assert len(tuner.candidates(W4)) == 2 * 5 + 2 * 4  # 1, 2, 3, 4, 8 ranks and 1, 2, 3, 4
 
 
 @pytest.mark.parametrize("weight", [W4, W8, Weight("w8a8", 0, 4096, 4096), Weight("linear", 0, 4096, 4096)], ids=str)
@@ -287,8 +370,9 @@ NOT_A_NUMBER, NOT_RUNNING = Plan("decode", 8, "16-half"), Plan("decode", 3, "16-
 
 
 @pytest.fixture
-def fake_gpu(table, monkeypatch):
+def fake_gpu(loading, table, monkeypatch):
     """One whose times are made up: the more ranks the faster, but the fastest plan is wrong and another cannot run."""
+    plans.write(loading, Plans(H100, []))
     running = [Plan()]
 
     @contextlib.contextmanager
@@ -300,6 +384,7 @@ def fake_gpu(table, monkeypatch):
             running.pop()
 
     def call() -> torch.Tensor:
+        plans.load_for(GPU)
         if running[-1] == NOT_RUNNING:
             raise RuntimeError("the forced plan cannot run")
         return torch.full((4, 4), float("nan") if running[-1] == NOT_A_NUMBER else 1.0)
@@ -308,20 +393,21 @@ def fake_gpu(table, monkeypatch):
         def __init__(self, calls, count):
             calls[0]()
             plan = running[-1]
-            self.us = 10.0 if plan == Plan() else 10.0 / plan.ranks
+            rows = table[90, 132, "w4a16"]  # where there are plans, that of their first row serves all M
+            self.us = 10.0 / (rows[5] if plan == Plan() and rows else plan.ranks)
 
         def measure(self, repeats):
             return [self.us] * repeats
 
     monkeypatch.setattr(plans, "forced", forced)
+    monkeypatch.setattr(tuner, "dependent_launch", contextlib.nullcontext)
     monkeypatch.setattr(tuner, "Replays", Replays)
     monkeypatch.setattr(tuner, "calls_of", lambda weight: lambda m: [call])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(plans, "load", functools.cache(lambda index: table.update(loaded=index)))
 
 
-def test_the_fastest_right_plan_is_kept(fake_gpu, table, tmp_path, capsys):
+def test_the_fastest_right_plan_is_kept(fake_gpu, tmp_path, capsys):
     path = tmp_path / "plans.json"
     other = Row(W8, 8, WGMMA)
     plans.write(path, Plans(H100, [other, Row(W4, 512, WGMMA)]))
@@ -331,7 +417,31 @@ def test_the_fastest_right_plan_is_kept(fake_gpu, table, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "decode 16-half /8: WRONG at M = 2" in out
     assert "decode 16-whole /8, 8.00 ×" in out and "cannot run" not in out
-    assert table["loaded"] == 0 and table[90, 132, "w4a16"] == []  # the heuristics were the measure
+
+
+def test_tuning_again_finds_the_same(fake_gpu, loading, table):
+    """The heuristics are the measure, not the plans that ops load."""
+    tuner.tune_all(H100, [W4], [1, 2], loading)
+    first = plans.read(loading)
+    assert [row.plan.ranks for row in first.rows] == [8]
+    assert table[90, 132, "w4a16"][3:] == [2, 1, 8, 1]  # loaded when it was done
+    plans.load.cache_clear()
+    tuner.tune_all(H100, [W4], [1, 2], loading)
+    assert plans.read(loading) == first
+
+
+def test_a_plan_must_be_right_in_a_chain_too(fake_gpu, monkeypatch):
+    chained = []
+
+    @contextlib.contextmanager
+    def dependent_launch():
+        chained.append(True)
+        yield
+        chained.pop()
+
+    monkeypatch.setattr(tuner, "dependent_launch", dependent_launch)
+    race = tuner.Race(W4, [lambda: torch.full((4, 4), 2.0 if chained else 1.0)], 4)
+    assert not race.is_right(DECODE) and race.wrong == [DECODE]
 
 
 def test_linear_is_tuned_up_to_16_rows(fake_gpu, tmp_path):
@@ -377,9 +487,19 @@ def test_a_configuration_is_enough(tmp_path):
     assert weights.of_model(str(tmp_path / "config.json")) == expected
 
 
-def test_only_what_a_tile_layout_takes_is_tuned():
-    found = weights.of_shapes([(64, 256), (131, 256), (64, 96), (64, 256)], ["w4a16", "w8a8"], [64, 128])
-    assert found == [Weight("w4a16", 64, 64, 256), Weight("w4a16", 128, 64, 256), Weight("w8a8", 0, 64, 256)]
+def test_only_what_kernels_take_is_tuned(capsys):
+    sizes = [(131, 256), (64, 96), (8, 128), (64, 40), (131, 256)]
+    found = weights.of_shapes(sizes, ["w4a16", "w8a8", "linear"], [64, 128])
+    ragged = [Weight("w4a16", 64, 131, 256), Weight("w4a16", 128, 131, 256), Weight("w8a8", 0, 131, 256)]
+    linears = [Weight("linear", 0, n, k) for n, k in [(131, 256), (64, 96), (8, 128)]]
+    assert found == [*ragged, *linears]
+    assert capsys.readouterr().out.splitlines() == [
+        "64×96: skipped for w4a16, w8a8",
+        "8×128: skipped for w4a16, w8a8",
+        "64×40: skipped for w4a16, w8a8, linear",
+    ]
+    with pytest.raises(ValueError, match="no size is left: N must be 16 or more and K a multiple of 128"):
+        weights.of_shapes(sizes[1:4], ["w4a16"], [64])
 
 
 # --- the command line
@@ -422,9 +542,10 @@ def test_tune_on_a_gpu_without_tile_kernels_says_so(monkeypatch, capsys, capabil
     assert message in capsys.readouterr().err
 
 
-def test_a_file_for_another_device_is_not_written_to(tmp_path):
+@pytest.mark.parametrize("change", [{"multiprocessors": 114}, {"device": "NVIDIA H200"}])
+def test_a_file_for_another_device_is_not_written_to(tmp_path, change):
     path = tmp_path / "plans.json"
-    path.write_text(json.dumps(good() | {"multiprocessors": 114}))
+    path.write_text(json.dumps(good() | {"device": H100.name} | change))
     with pytest.raises(PlanFileError, match="choose another file with --out"):
         tuner.tune_all(H100, [], [1], path)
 

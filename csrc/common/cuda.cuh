@@ -200,25 +200,33 @@ void launch_clusters(const char* op, void (*kernel)(Args), int64_t blocks, int t
 }
 
 // How many clusters of the kernel run at once with `resident` blocks a multiprocessor, as many as it has room for; some
-// multiprocessors fit no whole cluster.
+// multiprocessors fit no whole cluster, and a part of a GPU may have none that do: 0.
 template <typename Args>
-int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context,
+int possible_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context,
                       int resident = 1) {
   const int limit = context.limits().multiprocessors * resident / ranks;
   if (ranks <= 2) return limit;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;  // of kernel, device, ranks, shared memory
   const std::lock_guard<std::mutex> lock(mutex);
-  int& count = known[{reinterpret_cast<const void*>(kernel), context.device(), ranks, smem_bytes}];
-  if (count == 0) {
+  const std::tuple key{reinterpret_cast<const void*>(kernel), context.device(), ranks, smem_bytes};
+  auto found = known.find(key);
+  if (found == known.end()) {
+    int count = 0;
     LaunchConfig launch;
     configure(launch, ranks, threads, ranks, smem_bytes, false, nullptr);
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
-    count = std::max(1, std::min(count, limit));
+    found = known.emplace(key, count).first;
   }
-  return count;
+  return std::min(found->second, limit);
+}
+// The same, and at least one: where there is none the launch fails.
+template <typename Args>
+int resident_clusters(void (*kernel)(Args), int threads, int ranks, int smem_bytes, const LaunchContext& context,
+                      int resident = 1) {
+  return std::max(1, possible_clusters(kernel, threads, ranks, smem_bytes, context, resident));
 }
 
 }  // namespace fastinfer

@@ -53,6 +53,18 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// The same, and then what other CTAs of the cluster have sent is seen.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra end;\n"
+      "bra again;\n"
+      "end:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
 // A position in a ring of stages and the parity that its barrier completes with next.
 struct RingPosition {
   int stage = 0, parity = 0;

@@ -19,7 +19,8 @@
 //           order too. The rings are filled before the previous kernel has finished (dependent launch): weights do not
 //           depend on it.
 // Bound     memory: weights + scales
-// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py
+// Verified  tests/test_int4_matmul.py, test_int8_matmul.py, test_int8_scaled_matmul.py, test_linear.py; test_tile_plans.py
+//           (every shape and split), test_launch.py (dependent launch)
 #pragma once
 
 #include <type_traits>
@@ -56,7 +57,7 @@ struct DecodeArgs {
 // multiply: adds the units of kTiles row tiles, one every kStageBytes of the stage, times x to `sums`.
 // kShared: a lane multiplies what other lanes of its warp have copied.
 
-constexpr int kPieces = 1024;  // bytes of weights of a unit
+constexpr int kUnitBytes = 1024;  // of weights
 
 // Two steps of the mma an ldmatrix, 64 bytes of x.
 template <int kSteps>
@@ -86,7 +87,7 @@ struct TileSource {
   __device__ __forceinline__ void seek(int& at, int tile, int unit) const { at = tile * units + unit; }
   __device__ __forceinline__ void advance(int& at, int step) const { at += step; }
   __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
-    const unsigned char* from = w + int64_t(at) * kPieces;
+    const unsigned char* from = w + int64_t(at) * kUnitBytes;
     copy16_stream(stage + lane * 16, from);
     copy16_stream(stage + 512 + lane * 16, from + 512);
   }
@@ -98,7 +99,7 @@ struct Int4Decode {
   using Accumulator = float;
   static constexpr bool kShared = false;
   static constexpr int kUnitK = 128, kUnitXBytes = 256, kGroups = kUnitK / kGroup, kSteps = kGroup / 16;
-  static constexpr int kStageBytes = kPieces + 2 * kGroups * 128;
+  static constexpr int kStageBytes = kUnitBytes + 2 * kGroups * 128;
   // Σ x of a unit's groups: with few tokens each warp makes them as it goes, which costs less than to wait for them.
   template <int kTokenTiles>
   static constexpr int kSumBytes = kTokenTiles > 1 ? kTokenTiles * kGroups * 32 : 0;
@@ -112,7 +113,7 @@ struct Int4Decode {
       const int64_t pairs = int64_t(at) * (kGroups * 32);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const uint32_t to = stage + kPieces + group * 256 + lane * 4;
+        const uint32_t to = stage + kUnitBytes + group * 256 + lane * 4;
         copy4(to, scale + pairs + group * 32);
         copy4(to + 128, zero + pairs + group * 32);
       }
@@ -203,7 +204,7 @@ struct Int4Decode {
         }
         if (s % kSteps != kSteps - 1) continue;
         const int group = s / kSteps;
-        const uint32_t scales = stage + kPieces + group * 256 + lane * 4;
+        const uint32_t scales = stage + kUnitBytes + group * 256 + lane * 4;
 #pragma unroll
         for (int a = 0; a < kTiles; ++a) {
           const float2 scale = load_pair(scales + a * kStageBytes, args.half_scales);
@@ -237,7 +238,7 @@ struct Int8Decode : NoSums {
   using Accumulator = float;
   using Source = TileSource;
   static constexpr bool kShared = false;
-  static constexpr int kUnitK = 64, kUnitXBytes = 128, kStageBytes = kPieces;
+  static constexpr int kUnitK = 64, kUnitXBytes = 128, kStageBytes = kUnitBytes;
   template <int kTokenTiles>
   using Tokens = PlainTokens<kTokenTiles, 4>;
 
@@ -270,7 +271,7 @@ struct Int8x8Decode : NoSums {
   using Element = int8_t;
   using Accumulator = int32_t;
   static constexpr bool kShared = true;
-  static constexpr int kUnitK = 64, kUnitXBytes = 64, kStageBytes = kPieces;
+  static constexpr int kUnitK = 64, kUnitXBytes = 64, kStageBytes = kUnitBytes;
   template <int kTokenTiles>
   using Tokens = PlainTokens<kTokenTiles, 2>;
 
@@ -278,7 +279,7 @@ struct Int8x8Decode : NoSums {
   struct Source : TileSource {
     using TileSource::TileSource;
     __device__ __forceinline__ void copy(uint32_t stage, int at, int lane) const {
-      const unsigned char* from = w + (int64_t(at) * kPieces - (at & 1) * 512);
+      const unsigned char* from = w + (int64_t(at) * kUnitBytes - (at & 1) * 512);
       copy16_stream(stage + lane * 16, from);
       copy16_stream(stage + 512 + lane * 16, from + 1024);
     }
@@ -311,7 +312,7 @@ struct RowsDecode : NoSums {
   using Element = T;
   using Accumulator = float;
   static constexpr bool kShared = false;
-  static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kPieces;
+  static constexpr int kUnitK = 32, kUnitXBytes = 64, kStageBytes = kUnitBytes;
 
   struct Source {
     struct Position {
@@ -391,15 +392,15 @@ struct DecodeMatmul {
     __device__ Work(const DecodeArgs& args, int warp) {
       ranks = 1 << args.rank_shift, rank = blockIdx.x & (ranks - 1);
       cluster = blockIdx.x >> args.rank_shift, clusters = gridDim.x >> args.rank_shift;
-      entries = kept(args.entries + (cluster < args.longer ? 1 : 0));
-      k_warps = kept(1 << args.k_shift), k_warp = warp & (k_warps - 1);
-      row_shift = kLogWarps - args.k_shift, row_warps = kept(1 << row_shift), row_warp = warp >> args.k_shift;
-      slice = kept(args.units * rank >> args.rank_shift);
+      entries = in_register(args.entries + (cluster < args.longer ? 1 : 0));
+      k_warps = in_register(1 << args.k_shift), k_warp = warp & (k_warps - 1);
+      row_shift = kLogWarps - args.k_shift, row_warps = in_register(1 << row_shift), row_warp = warp >> args.k_shift;
+      slice = in_register(args.units * rank >> args.rank_shift);
       units = (args.units * (rank + 1) >> args.rank_shift) - slice;
-      begin = kept(slice + k_warp), count = kept((units - k_warp + k_warps - 1) >> args.k_shift);
+      begin = in_register(slice + k_warp), count = in_register((units - k_warp + k_warps - 1) >> args.k_shift);
     }
     // The compiler would rather work it out again at every use, in the inner loop.
-    static __device__ __forceinline__ int kept(int v) {
+    static __device__ __forceinline__ int in_register(int v) {
       asm volatile("" : "+r"(v));
       return v;
     }
@@ -541,28 +542,20 @@ struct DecodeMatmul {
     }
   }
 
-  static __device__ __forceinline__ void store_sums(const uint32_t (&x)[kTokenTiles], uint32_t to, int lane) {
-    if constexpr (kSumBytes > 0) Format::template store_sums<kTokenTiles>(x, to, lane);
+  // Makes the mbarrier for the sums that come from the ranks of the cluster; cluster_wait() is until all have done so.
+  static __device__ __forceinline__ void expect_sums(const Work& work, uint32_t arrived, int owned) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(arrived, 1);
+      mbarrier_init_fence();
+      mbarrier_arrive_expect(arrived, owned * work.ranks * 512);
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
   }
 
-  static __device__ void run(const DecodeArgs& args) {
-    extern __shared__ __align__(16) unsigned char smem[];
-    const uint32_t base = smem_address(smem), arrived = base;  // mbarrier of the sums that ranks send
-    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const Work work(args, warp);
-    const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
-    const int parts = work.entries * kParts, owned = (parts - work.rank + work.ranks - 1) >> args.rank_shift;
-    if (work.ranks > 1) {
-      if (threadIdx.x == 0) {
-        mbarrier_init(arrived, 1);
-        mbarrier_init_fence();
-        mbarrier_arrive_expect(arrived, owned * work.ranks * 512);
-      }
-      __syncwarp();
-      cluster_arrive_relaxed();
-    }
-
-    Producer producer(args, work, lane);
+  // Fills the rings, waits for the previous kernel and brings the slice of x to shared memory.
+  static __device__ __forceinline__ void start_copies(const DecodeArgs& args, const Work& work, Producer& producer,
+                                                      uint32_t base, uint32_t ring) {
     XLoader loader(args, work, base);
     if (!args.dependent) loader.load();  // before the weights, which would hold it up
 #pragma unroll
@@ -579,6 +572,43 @@ struct DecodeMatmul {
     }
     __syncthreads();
     let_next_kernel_start();  // its copies would have held up those of x
+  }
+
+  // Σ x of all the CTA's units, where the warps will look for them.
+  static __device__ __forceinline__ void sum_ahead(const Work& work, const uint32_t (&x)[kTokenTiles], uint32_t sums,
+                                                   int warp, int lane) {
+    if constexpr (kSumBytes > 0) {
+      for (int unit = warp; unit < work.units; unit += kWarps) {
+        uint32_t from[kTokenTiles];
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
+        Format::template store_sums<kTokenTiles>(from, sums + unit * kSumBytes, lane);
+      }
+      __syncthreads();
+    }
+  }
+
+  // Adds up what the ranks have sent, the `owned` parts of entries, to y.
+  static __device__ __forceinline__ void finish_owned(const DecodeArgs& args, const Work& work, uint32_t base,
+                                                      int owned, int warp, int lane) {
+    for (int i = warp; i < owned; i += kWarps) {
+      const int index = (i << args.rank_shift) + work.rank;
+      Accumulator sum[4];
+      add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
+      finish(args, work, index / kParts, index % kParts, lane, sum);
+    }
+  }
+
+  static __device__ void run(const DecodeArgs& args) {
+    extern __shared__ __align__(16) unsigned char smem[];
+    const uint32_t base = smem_address(smem), arrived = base;  // mbarrier of the sums that ranks send
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const Work work(args, warp);
+    const uint32_t ring = base + 128 + warp * (kDepth * kStageBytes);
+    const int parts = work.entries * kParts, owned = (parts - work.rank + work.ranks - 1) >> args.rank_shift;
+    if (work.ranks > 1) expect_sums(work, arrived, owned);
+    Producer producer(args, work, lane);
+    start_copies(args, work, producer, base, ring);
 
     uint32_t x[kTokenTiles];  // of the warp's first unit; absent tokens repeat the last one and are not stored
 #pragma unroll
@@ -587,15 +617,7 @@ struct DecodeMatmul {
       x[tile] = base + args.smem_x + min(8 * tile + row, args.m - 1) * args.x_pitch + column * 16;
     }
     uint32_t sums_of_x = args.sums_ahead ? base + args.smem_sums : 0;
-    if (kSumBytes > 0 && args.sums_ahead) {
-      for (int unit = warp; unit < work.units; unit += kWarps) {
-        uint32_t from[kTokenTiles];
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile) from[tile] = x[tile] + unit * Format::kUnitXBytes;
-        store_sums(from, sums_of_x + unit * kSumBytes, lane);
-      }
-      __syncthreads();
-    }
+    if (args.sums_ahead) sum_ahead(work, x, sums_of_x, warp, lane);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) x[tile] += work.k_warp * Format::kUnitXBytes;
     if (args.sums_ahead) sums_of_x += work.k_warp * kSumBytes;
@@ -646,13 +668,8 @@ struct DecodeMatmul {
     }
     if (work.ranks == 1) return;
 
-    mbarrier_wait(arrived, 0);
-    for (int i = warp; i < owned; i += kWarps) {
-      const int index = (i << args.rank_shift) + work.rank;
-      Accumulator sum[4];
-      add_up(base + args.smem_kept + (index - work.rank) * 512 + lane * 16, 512, work.ranks, sum);
-      finish(args, work, index / kParts, index % kParts, lane, sum);
-    }
+    mbarrier_wait_cluster(arrived, 0);
+    finish_owned(args, work, base, owned, warp, lane);
   }
 };
 
@@ -675,7 +692,7 @@ struct DecodePlan {
   bool dependent = false;  // start before the previous kernel has finished
 };
 
-// False where K has too few units for so many ranks, or x and the sums do not fit the shared memory.
+// False where K has too few units for so many ranks, x and the sums do not fit the shared memory, or no cluster does the GPU.
 template <class Format, int kTiles, int kTokenTiles, int kDepth, int kWarps>
 bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, const LaunchContext& context) {
   using Kernel = DecodeMatmul<Format, kTiles, kTokenTiles, kDepth, kWarps>;
@@ -685,19 +702,22 @@ bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, cons
   args.rank_shift = __builtin_ctz(plan.ranks), args.k_shift = __builtin_ctz(std::min(plan.k_warps, kWarps));
   while (1 << args.k_shift > slice) --args.k_shift;
 
+  const int limit =
+      std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   const int most = (args.units + plan.ranks - 1) / plan.ranks;  // units of a rank
+  if (most > limit / Format::kUnitXBytes) return false;         // before sizes that would overflow
   const int longest = most * Format::kUnitXBytes;
   args.x_pitch = (longest + 127) / 128 * 128 + (kIsRows<Format> ? 64 : 16);  // token after token in other banks
   args.smem_x = 128 + Kernel::kRingBytes;
   args.smem_sums = (args.smem_x + args.m * args.x_pitch + 127) / 128 * 128;
   args.smem_slots = args.smem_sums + most * Kernel::kSumBytes;
 
-  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
-  const int limit =
-      std::min(context.limits().smem_per_block, context.limits().smem_per_multiprocessor / plan.resident - 1024);
   if (args.smem_slots > limit) return false;
+
+  const auto kernel = decode_matmul_kernel<Format, kTiles, kTokenTiles, kDepth, kWarps>;
   const int clusters =
-      std::min(groups, resident_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+      std::min(groups, possible_clusters(kernel, Kernel::kThreads, plan.ranks, limit, context, plan.resident));
+  if (clusters == 0) return false;
   args.entries = groups / clusters, args.longer = groups % clusters;
 
   const int entries = args.entries + (args.longer > 0 ? 1 : 0), row_warps = kWarps >> args.k_shift;

@@ -79,15 +79,19 @@ Tensor int8_scaled_matmul_cuda(const Tensor& x, const Tensor& w, const Tensor& w
   check_cuda_layout(op, layout, "tile_w8a8");
   FASTINFER_CHECK(op, shape.k <= 131072, "K must be at most 131072 for exact int32 sums, got ", shape.k);
   const LaunchContext context(op, x);
-  if (layout != "row") check_tile_layout(op, shape, layout, context);
+  const bool tiles = layout != "row";
+  if (tiles) {
+    check_tile_layout(op, shape, layout, context);
+    FASTINFER_CHECK(op, is_aligned16(w), "w must start on a 16-byte boundary in layout \"", layout, "\"");
+  }
   if (shape.m == 0 || shape.n == 0) return empty_output(x, out_features(gate, shape.n), y_type);
 
-  const Tensor rows_w = aligned_rows(w, 16);
+  const Tensor rows_w = tiles ? w : aligned_rows(w, 16);
   const Activations activations = int8_activations(op, x, x_scale, shape, rows_w.size(1), context);
   const auto* scale = static_cast<const float*>(activations.x_scale.const_data_ptr());
-  if (layout != "row") {
+  if (tiles) {
     const Tensor y = empty_output(x, out_features(gate, shape.n), y_type);
-    TileProblem p{op, TileKind::kW8A8, activations.q, rows_w.const_data_ptr()};
+    TileProblem p{op, TileKind::kW8A8, activations.q, w.const_data_ptr()};
     p.epilogue = make_epilogue(y, shape, arguments, gate);
     p.epilogue.x_scale = scale;
     p.epilogue.w_scale = static_cast<const float*>(w_scale.const_data_ptr());

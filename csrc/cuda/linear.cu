@@ -17,20 +17,24 @@ namespace fastinfer {
 // Few rows on compute capability 9.0: writes y as `epilogue` says and returns true, or leaves the matmul to torch.
 static bool try_decode_linear(const char* op, const Tensor& x, const Tensor& w, const Epilogue& epilogue,
                               const MatmulShape& shape, const LaunchContext& context) {
-  if (shape.m > kDecodeTokens || shape.k % 32 != 0 || x.scalar_type() == ScalarType::Float) return false;
-  if (!w.is_contiguous() || !is_aligned16(w)) return false;
-  const Tensor rows_x = aligned_rows(as_matrix(x, shape), 1);
+  const bool fits =
+      shape.m <= kDecodeTokens && shape.k % 32 == 0 && x.scalar_type() != ScalarType::Float && is_aligned16(w);
+  const Tensor rows_x = fits ? aligned_rows(as_matrix(x, shape), 1) : x;
   TileProblem p{op, TileKind::kLinear, rows_x, w.const_data_ptr()};
   p.epilogue = epilogue;
   p.m = static_cast<int>(shape.m), p.n = static_cast<int>(shape.n), p.k = static_cast<int>(shape.k);
   const TilePlan plan = find_tile_plan(p.kind, 0, p.m, p.n, p.k, context.limits());
+  if (!fits) {
+    check_not_forced(p, plan);
+    return false;
+  }
   const bool dependent = take_dependent_launch();
   const auto run = [&](const TilePlan& asked) {
     return x.scalar_type() == ScalarType::Half ? run_decode<RowsDecode<__half>>(p, asked, dependent, context)
                                                : run_decode<RowsDecode<__nv_bfloat16>>(p, asked, dependent, context);
   };
   if (run(plan)) return true;
-  FASTINFER_CHECK(op, !plan.forced, "the forced plan cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+  check_not_forced(p, plan);
   return run({});
 }
 

@@ -12,8 +12,8 @@
 
 namespace fastinfer {
 
-// What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128. The kernels for whole
-// tiles get it with N in multiples of 16; epilogue.y_stride stays that of y.
+// What every tile matmul is given. x [M, K] is contiguous and 16-byte aligned, K a multiple of 128 (linear: of 32). The
+// kernels for whole tiles get it with N in multiples of 16; epilogue.y_stride stays that of y.
 struct TileProblem {
   const char* op;
   TileKind kind;
@@ -31,7 +31,7 @@ inline void check_tile_layout(const char* op, const MatmulShape& shape, const st
                               const LaunchContext& context) {
   FASTINFER_CHECK(op, context.limits().capability == 90, "layout \"", layout,
                   "\" needs a GPU of compute capability 9.0; use \"row\"");
-  FASTINFER_CHECK(op, shape.n >= 16 && shape.k % 128 == 0, "layout \"", layout,
+  FASTINFER_CHECK(op, shape.n >= 16 && shape.k > 0 && shape.k % 128 == 0, "layout \"", layout,
                   "\" needs N of at least 16 and K in multiples of 128, got N = ", shape.n, ", K = ", shape.k);
 }
 
@@ -71,10 +71,10 @@ bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, bool de
 }
 
 template <class Format, size_t... kShapes>
-bool try_decode(const TileProblem& p, const DecodeArgs& args, const TilePlan& plan, bool dependent,
+bool try_decode(const TileProblem& p, const DecodeArgs& args, int ranks, int shape, bool dependent,
                 const LaunchContext& context, std::index_sequence<kShapes...>) {
   bool done = false;
-  ((plan.shape == kShapes && (done = try_decode<Format, kShapes>(p, args, plan.ranks, dependent, context))) || ...);
+  ((shape == kShapes && (done = try_decode<Format, kShapes>(p, args, ranks, dependent, context))) || ...);
   return done;
 }
 
@@ -96,16 +96,18 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
   args.last_row = p.n - 1, args.last_tile = (p.n + 15) / 16 - 1;
   const auto run = [&](int ranks, int shape) {
     if (ranks & (ranks - 1)) return false;
-    return try_decode<Format>(p, args, {TileKernel::kDecode, ranks, shape}, dependent, context,
+    return try_decode<Format>(p, args, ranks, shape, dependent, context,
                               std::make_index_sequence<kDecodeShapes.size()>());
   };
   if (plan.kernel == TileKernel::kDecode) return run(plan.ranks, plan.shape);
-  // Measured on an H100 (benchmarks/NOTES.md): x of a rank stays small, and where N gives enough work pairs of row tiles
-  // share each fragment of it.
-  const bool few = p.m <= 8, narrow = args.last_tile < 2 * context.limits().multiprocessors;
-  const int shape = few ? (narrow ? 0 : Format::kUnitK < 128 ? 1 : 3) : kIsRows<Format> ? 2 : 17;
+  // Measured on an H100 (benchmarks/NOTES.md): a rank's part of x stays small, and where there are enough row tiles for all
+  // multiprocessors a warp takes pairs of them, which share each fragment of x.
+  constexpr bool kRows = kIsRows<Format>, kInt4 = Format::kUnitK == 128;
+  const bool few = p.m <= 8, long_rows = kRows || (kInt4 && p.k >= 8192);
+  const bool narrow = args.last_tile < context.limits().multiprocessors * (long_rows ? 2 : 1);
+  const int shape = !few ? (kRows ? 2 : 17) : narrow ? 0 : kInt4 ? 3 : 1;
   int ranks = 1;
-  while (ranks < kDecodeMaxRanks && p.m * args.x_stride / ranks > (few || kIsRows<Format> ? 32 : 16) * 1024) ranks *= 2;
+  while (ranks < kDecodeMaxRanks && int64_t(p.m) * p.k / ranks > (few || kRows ? 16 : 8) * 1024) ranks *= 2;
   while (ranks > 1 && args.units / ranks < 4) ranks /= 2;
   for (; ranks <= kDecodeMaxRanks; ranks *= 2) {
     if (run(ranks, shape) || run(ranks, 4)) return true;
@@ -212,12 +214,17 @@ inline void run_tail_rows(const TileProblem& p, int tail, const LaunchContext& c
   launch_tail_rows(p.op, args, p.x.scalar_type(), context);
 }
 
+// A forced plan that could not run is an error; another is left for the heuristics.
+inline void check_not_forced(const TileProblem& p, const TilePlan& plan) {
+  FASTINFER_CHECK(p.op, !plan.forced, "the forced plan (kernel ", static_cast<int>(plan.kernel), ", ", plan.ranks,
+                  " ranks, shape ", plan.shape, ") cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+}
+
 template <class Decode, class Wgmma, typename Y>
 void run_whole_tiles(const TileProblem& p, const TilePlan& plan, bool dependent, const LaunchContext& context) {
   if (plan.kernel == TileKernel::kDecode && run_decode<Decode>(p, plan, dependent, context)) return;
   if (plan.kernel == TileKernel::kWgmma && run_wgmma<Wgmma, Y>(p, plan, dependent, context)) return;
-  FASTINFER_CHECK(p.op, !plan.forced, "the forced plan (kernel ", static_cast<int>(plan.kernel), ", ", plan.ranks,
-                  " ranks, shape ", plan.shape, ") cannot run for M = ", p.m, ", N = ", p.n, ", K = ", p.k);
+  check_not_forced(p, plan);
   if (run_decode<Decode>(p, {}, dependent, context)) return;
   run_wgmma<Wgmma, Y>(p, {}, dependent, context);
 }

@@ -16,9 +16,11 @@ static int tile_kind(const char* op, const std::string& name) {
   FASTINFER_CHECK(op, found != kTileKinds.end(), "kind must be w4a16, w8a16, w8a8 or linear, got '", name, "'");
   return static_cast<int>(found - kTileKinds.begin());
 }
+static bool has_wgmma(int kind) { return kind != static_cast<int>(TileKind::kLinear); }
 
-static TilePlan checked_plan(const char* op, int64_t kernel, int64_t ranks, int64_t shape) {
-  FASTINFER_CHECK(op, kernel >= 0 && kernel <= static_cast<int>(TileKernel::kWgmma), "there is no kernel ", kernel);
+static TilePlan checked_plan(const char* op, int kind, int64_t kernel, int64_t ranks, int64_t shape) {
+  const TileKernel last = has_wgmma(kind) ? TileKernel::kWgmma : TileKernel::kDecode;
+  FASTINFER_CHECK(op, kernel >= 0 && kernel <= static_cast<int>(last), kTileKinds[kind], " has no kernel ", kernel);
   const TilePlan plan{static_cast<TileKernel>(kernel), static_cast<int>(ranks), static_cast<int>(shape)};
   if (plan.kernel == TileKernel::kAuto) return {};
   const bool decode = plan.kernel == TileKernel::kDecode;
@@ -36,10 +38,10 @@ static TilePlan checked_plan(const char* op, int64_t kernel, int64_t ranks, int6
 using PlanKey = std::array<int64_t, 7>;  // capability, multiprocessors, kind, group, N, K, largest M
 using PlanTable = std::map<PlanKey, TilePlan>;
 static std::atomic<const PlanTable*> table{nullptr};
-static thread_local TilePlan forced;
+static thread_local std::array<TilePlan, kTileKinds.size()> forced;  // by kind
 
 TilePlan find_tile_plan(TileKind kind, int group, int m, int n, int k, const DeviceLimits& device) {
-  if (forced.forced) return forced;
+  if (forced[static_cast<int>(kind)].forced) return forced[static_cast<int>(kind)];
   const PlanTable* plans = table.load(std::memory_order_acquire);
   if (plans == nullptr) return {};
   const PlanKey key{device.capability, device.multiprocessors, static_cast<int>(kind), group, n, k, m};
@@ -63,26 +65,30 @@ void set_tile_plans(int64_t capability, int64_t multiprocessors, std::string kin
   for (const int64_t* row = rows.data(); row != rows.data() + rows.size(); row += kColumns) {
     PlanKey key = begin;
     std::copy(row, row + 4, key.begin() + 3);
-    (*next)[key] = checked_plan(op, row[4], row[5], row[6]);
+    (*next)[key] = checked_plan(op, static_cast<int>(begin[2]), row[4], row[5], row[6]);
   }
   table.store(next.release(), std::memory_order_release);
 }
 
-// What this thread's tile matmuls run, whatever the table says; kernel 0 ends it.
-void force_tile_plan(int64_t kernel, int64_t ranks, int64_t shape) {
-  forced = checked_plan("force_tile_plan", kernel, ranks, shape);
-  forced.forced = forced.kernel != TileKernel::kAuto;
+// What this thread's tile matmuls of a kind run, whatever the table says; kernel 0 ends it. Returns what was forced before.
+std::tuple<int64_t, int64_t, int64_t> force_tile_plan(std::string kind, int64_t kernel, int64_t ranks, int64_t shape) {
+  constexpr const char* op = "force_tile_plan";
+  const int index = tile_kind(op, kind);
+  const TilePlan before = forced[index];
+  forced[index] = checked_plan(op, index, kernel, ranks, shape);
+  forced[index].forced = kernel != 0;
+  return {static_cast<int64_t>(before.kernel), before.ranks, before.shape};
 }
 
 // What a plan of this kind may be, one line a kernel from number 1 on: name, most ranks, and the names of its shapes in the
 // order of their numbers. Files hold names, so that they keep their meaning when a list changes.
 std::string tile_plan_candidates(std::string kind) {
-  const bool linear = tile_kind("tile_plan_candidates", kind) == static_cast<int>(TileKind::kLinear);
+  const int index = tile_kind("tile_plan_candidates", kind);
   std::string out = text("decode ", kDecodeMaxRanks);
   for (const DecodeShape& s : kDecodeShapes) {
     out += text(" ", 16 * s.tiles, "x", s.depth, "-", s.warps, "x", s.resident, "-", s.k_warps);
   }
-  if (linear) return out;
+  if (!has_wgmma(index)) return out;
   out += text("\nwgmma ", kWgmmaMaxRanks);
   for (const WgmmaShape& s : kWgmmaShapes) {
     out += text(" ", s.tokens, "x", 64 * s.consumers);

@@ -1,5 +1,5 @@
-// How a tile matmul is run: by which kernel, in what shape. Forced for a thread (the tuner does that), or found in a table of
-// measured plans, or left to the heuristics of tile_matmul.cuh.
+// How a tile matmul is run: by which kernel, in what shape. Forced for a thread and kind (the tuner does that), or found in a
+// table of measured plans, or left to the heuristics of tile_matmul.cuh.
 #pragma once
 
 #include "common/cuda.cuh"

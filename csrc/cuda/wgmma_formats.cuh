@@ -77,7 +77,7 @@ struct Int4Wgmma {
     const GroupScales& from;
     uint32_t smem;
     int lane;
-    uint2 scale, zero;  // four of a row tile's, 16-bit
+    uint2 scale, zero;       // four of a row tile's, 16-bit
     bool remainders = true;  // of the current chunk: whether any scale_low or shift is not zero; the same in all lanes
 
     __device__ Scales(const GroupScales& f, uint32_t to, int l) : from(f), smem(to), lane(l) {}
@@ -106,9 +106,8 @@ struct Int4Wgmma {
       if constexpr (kByGroup) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          store_smem16(to + i * kRowBytes,
-                       {__float_as_uint(s[i]), __float_as_uint(-z[i] - kInt4Offset<T>), __float_as_uint(s[i + 1]),
-                        __float_as_uint(-z[i + 1] - kInt4Offset<T>)});
+          store_smem16(to + i * kRowBytes, {__float_as_uint(s[i]), __float_as_uint(-z[i] - kInt4Offset<T>),
+                                            __float_as_uint(s[i + 1]), __float_as_uint(-z[i + 1] - kInt4Offset<T>)});
         }
       } else {
         bool some = false;

@@ -40,8 +40,8 @@ struct WgmmaArgs {
   GroupScales scales;
   Epilogue epilogue;
   int m = 0;
-  int row_tiles = 0;                  // N / 16
-  int token_tiles = 0, tiles = 0;     // the tiles of a row of them; all
+  int row_tiles = 0;               // N / 16
+  int token_tiles = 0, tiles = 0;  // the tiles of a row of them; all
   int stages = 0, ranks = 1, clusters = 0;
   uint32_t cluster_reciprocal = 0;    // 2³² / the size of a cluster, rounded up; 0 where it is 1
   bool dependent = false;             // may start before the previous kernel has finished
@@ -71,7 +71,7 @@ struct WgmmaMatmul {
   static constexpr int kXBytes = kTokens * 128;
   static constexpr int kWeightBytes = kTilesPerCta * Format::kTileBytes;
   static constexpr int kStageBytes = kStageBlocks * (kXBytes + kWeightBytes);
-  static constexpr int kWords = Format::kTileBytes / 128;  // of a lane, a block
+  static constexpr int kWords = Format::kTileBytes / 128;                    // of a lane, a block
   static constexpr int kStageTileBytes = kStageBlocks * Format::kTileBytes;  // of a row tile
   // The result leaves through shared memory, kStagedTokens at a time; what other ranks send comes to the same place.
   static constexpr int kStagedTokens = kTokens <= 64 ? 32 : 64;
@@ -235,8 +235,7 @@ struct WgmmaMatmul {
   // while a group's sums are scaled they work for the other warpgroups.
   static __device__ __forceinline__ void multiply_by_group(const Work& work, uint32_t ring, uint32_t my_words,
                                                            uint32_t x_sums, const Barriers& barriers, Scales& scales,
-                                                           int row_tile, RingPosition& at,
-                                                           float (&sums)[kTokens / 2]) {
+                                                           int row_tile, RingPosition& at, float (&sums)[kTokens / 2]) {
     static_assert(kStageBlocks == 2 && kStageFactors <= 2);
     constexpr int kSteps = Format::kSteps, kPieces = kStageBlocks;  // a piece is a block
     constexpr int kGroupPieces = kPieces / kStageFactors;
@@ -439,7 +438,7 @@ struct WgmmaMatmul {
       } else {
         store(work, leaving + group * kStagedTokens * kOutPitch, tile, terms, sums);
       }
-      __syncwarp();  // the stores return lane by lane, and aligned instructions follow
+      __syncwarp();                         // the stores return lane by lane, and aligned instructions follow
       if (kConsumers > 2) prefetch_next();  // no registers for it before
     }
   }
@@ -602,8 +601,7 @@ struct WgmmaMatmul {
 
   // Ranks that split K. A thread's sums go to the thread of its number in the rank that owns the tokens.
   static __device__ void combine(const Work& work, uint32_t my_words, uint32_t leaving, const Barriers& barriers,
-                                 const Tile& tile, const RowTerms& terms,
-                                 const Accumulator (&sums)[kTokens / 2]) {
+                                 const Tile& tile, const RowTerms& terms, const Accumulator (&sums)[kTokens / 2]) {
     const WgmmaArgs& args = work.args;
     const int ranks = args.ranks, rank = work.rank, lane = threadIdx.x % 32;
     const uint32_t mine = leaving + (threadIdx.x - 128) * 16;
@@ -742,7 +740,8 @@ template <class Format, typename Y, int kTokens, int kConsumers, int kMembers, i
 void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w, const WgmmaPlan& plan,
                   const LaunchContext& context) {
   using Kernel = WgmmaMatmul<Format, Y, kTokens, kConsumers, kMembers, kResident>;
-  const int k = static_cast<int>(x.size(1)), blocks = k / Format::kBlockK, resident_limit = context.limits().smem_per_multiprocessor / kResident - 1024;
+  const int k = static_cast<int>(x.size(1)), blocks = k / Format::kBlockK,
+            resident_limit = context.limits().smem_per_multiprocessor / kResident - 1024;
   const int limit = std::min(context.limits().smem_per_block, resident_limit);
   args.x_map = token_map(op, x, kTokens / kMembers);
   args.w_map = weight_map(op, w, args.row_tiles, blocks / Kernel::kStageBlocks, Kernel::kStageTileBytes);
@@ -763,8 +762,9 @@ void launch_wgmma(const char* op, WgmmaArgs args, const Tensor& x, const void* w
   const int size = args.ranks * kMembers;
   // Ranks that split K make one tile only: what they receive comes once.
   const int64_t clusters =
-      args.ranks > 1 ? tiles
-                     : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context, kResident));
+      args.ranks > 1
+          ? tiles
+          : std::min<int64_t>(tiles, resident_clusters(kernel, Kernel::kThreads, size, smem_bytes, context, kResident));
   FASTINFER_CHECK(op, tiles < INT32_MAX, "the matrices are too large: ", tiles, " tiles");
   args.tiles = static_cast<int>(tiles), args.clusters = static_cast<int>(clusters);
   if (size > 1) args.cluster_reciprocal = static_cast<uint32_t>(((int64_t(1) << 32) + size - 1) / size);

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastinfer import _native
 from fastinfer.ops.layout import GATE_ROWS, PANEL16, ROW
+from fastinfer.tuning import plans
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,6 +124,8 @@ def run(op: str, reference: Callable, *args, triton: bool = True):
     device = args[0].device
     kind = _native.backend(device)
     if kind == "native":
+        if args[0].is_cuda:
+            plans.load_for(device)
         return getattr(torch.ops.fastinfer, op)(*args)
     _native.warn_fallback(device, kind)
     if kind == "triton" and triton:

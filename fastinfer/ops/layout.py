@@ -7,7 +7,6 @@ import functools
 import torch
 
 from fastinfer import _native
-from fastinfer.tuning import plans
 
 ROW = "row"
 PANEL16 = "panel16"
@@ -49,10 +48,7 @@ def native_layout(device: torch.device, kind: str, n: int, k: int, dtype: torch.
     if device.type != "cuda" or not fits or row:
         return ROW
     index = torch.cuda.current_device() if device.index is None else device.index
-    if not _has_tile_kernels(index):
-        return ROW
-    plans.load(index)
-    return f"tile_{kind}"
+    return f"tile_{kind}" if _has_tile_kernels(index) else ROW
 
 
 def unpack_nibbles(w: torch.Tensor) -> torch.Tensor:

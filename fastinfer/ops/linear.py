@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from fastinfer.ops._common import check_float, check_matmul, describe, fake_matmul, linear_reference, register_fake, run
-from fastinfer.tuning import plans
 
 
 def linear(
@@ -36,8 +35,6 @@ def linear(
     if w.dtype != x.dtype:
         raise TypeError(f"linear: w must have the dtype of x, {x.dtype}, got {describe(w)}")
     check_matmul("linear", x, w, w.shape[-1] if w.dim() else 0, bias, residual, activation, x.dtype)
-    if x.device.type == "cuda" and not torch.compiler.is_compiling():
-        plans.load(x.device.index)
     return run("linear", reference, x, w, bias, residual, activation, triton=False)
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 KINDS = ("w4a16", "w8a16", "w8a8", "linear")
 GROUPS = (32, 64, 128)
+LINEAR_COLUMNS = 32  # linear's kernel takes K in multiples of it, and any N
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="path or hub name of a model or its config")
     parser.add_argument("--shapes", metavar="N×K,…", default="", help="weights by size, beside those of models")
-    parser.add_argument("--m", metavar="M,…", default=",".join(map(str, ROWS)), help="rows of x (1,2,4 … 2048)")
+    rows = "rows of x (1,2,4 … 2048); what is found for a weight replaces all that the file, or fastinfer, has for it"
+    parser.add_argument("--m", metavar="M,…", default=",".join(map(str, ROWS)), help=rows)
     parser.add_argument("--kinds", metavar="KIND,…", default=",".join(KINDS), help=f"({','.join(KINDS)})")
     parser.add_argument("--group", metavar="G,…", default="128", help="int4 groups: 32, 64, 128 (128)")
     out = "default: $FASTINFER_PLANS, else ~/.cache/fastinfer/plans-DEVICE.json"

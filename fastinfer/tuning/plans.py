@@ -8,6 +8,9 @@ They lie in JSON files, those that come with fastinfer in data/plans_*.json, one
 A row counts for every M above that of the row before, up to its own `m`; kernel "auto" leaves those M to the kernels'
 heuristics, which also serve above the last row. Other fields, such as times, are for readers. Kernels and shapes go by the
 names that the CUDA library gives them (csrc/cuda/tile_plan.cu), so a file keeps its meaning when their order changes.
+
+The library tells GPUs apart by compute capability and number of multiprocessors, and a file serves every GPU that has its
+own. Of the shipped files those for a GPU of the same name are taken alone, where there are any.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from fastinfer.tuning import GROUPS, KINDS
 
 SHIPPED = Path(__file__).parents[1] / "data"
 AUTO = "auto"
+MOST = 2**31 - 1  # of any number in a file
 
 
 class PlanFileError(ValueError):
@@ -116,7 +120,7 @@ def read(path: Path) -> Plans:
     """The plans in a file. Raises PlanFileError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # a JSONDecodeError, or no UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets without end
         raise PlanFileError(f"{path}: {error}") from None
     try:
         return _plans(found)
@@ -126,8 +130,10 @@ def read(path: Path) -> Plans:
 
 def _field(where: str, found: dict, name: str, kind: Any, least: int = 1) -> Any:
     value: Any = found.get(name)
-    if type(value) is not kind or (kind is int and value < least):  # not isinstance: True is no number here
-        expected = {int: f"a whole number, {least} or more", str: "a string", list: "a list"}[kind]
+    if type(value) is not kind or (
+        kind is int and not least <= value <= MOST
+    ):  # not isinstance: True is no number here
+        expected = {int: f"a whole number from {least} to {MOST}", str: "a string", list: "a list"}[kind]
         raise ValueError(f"{where}{name} must be {expected}, got {value!r}")
     return value
 
@@ -246,57 +252,99 @@ def install(device: Device, rows: Iterable[Row]) -> None:
     for kind, numbers in flat.items():
         torch.ops.fastinfer.set_tile_plans(*device.key, kind, numbers)
     if unknown:
-        _warn(f"this version has no {', '.join(unknown)}: their rows are left out; `fastinfer tune` finds new ones")
+        names = ", ".join(unknown)
+        _warn(f"this version has no {names}: their rows are left to the heuristics; `fastinfer tune` finds new ones")
 
 
 @contextlib.contextmanager
 def forced(kind: str, plan: Plan) -> Iterator[None]:
-    """Has this thread's tile matmuls of `kind` run as `plan` says; they raise RuntimeError where it cannot run."""
+    """Has this thread's tile matmuls of `kind` run as `plan` says; they raise RuntimeError where it cannot run.
+
+    An inner block goes before an outer one of its kind; "auto" there lifts what the outer one forces.
+    """
     numbers = _numbers(Weight(kind, 0, 0, 0), plan)
     if numbers is None:
         raise ValueError(f"there is no plan {plan} for {kind}")
-    torch.ops.fastinfer.force_tile_plan(*numbers)
+    before = torch.ops.fastinfer.force_tile_plan(kind, *numbers)
     try:
         yield
     finally:
-        torch.ops.fastinfer.force_tile_plan(0, 1, 0)
+        torch.ops.fastinfer.force_tile_plan(kind, *before)
 
 
 def _warn(message: str) -> None:
     warnings.warn(f"fastinfer: {message}", PlanWarning, stacklevel=2)
 
 
-def _own_rows(device: Device) -> dict[Weight, list[Row]]:
-    """The user's plans; nothing, with a warning, where there is something wrong with them."""
+@dataclasses.dataclass
+class Found:
+    """The plans for a device, the files they are from, and why the user's own file is ignored, if it is."""
+
+    rows: dict[Weight, list[Row]] = dataclasses.field(default_factory=dict)
+    files: list[str] = dataclasses.field(default_factory=list)
+    ignored: str = ""
+
+    def __str__(self) -> str:
+        files = ", ".join(self.files) or "none, the heuristics choose"
+        return f"{files} ({self.ignored})" if self.ignored else files
+
+
+def find(device: Device) -> Found:
+    """A user's own plans go before the shipped ones, weight by weight; FASTINFER_PLANS=0: none at all."""
+    found = Found()
+    if os.environ.get("FASTINFER_PLANS") == "0":
+        found.ignored = "switched off by FASTINFER_PLANS=0"
+        return found
+    shipped = {path: read(path) for path in sorted(SHIPPED.glob("plans_*.json"))}
+    shipped = {path: there for path, there in shipped.items() if there.device.key == device.key}
+    named = {path: there for path, there in shipped.items() if there.device.name == device.name}
+    for path, there in (named or shipped).items():
+        found.rows |= there.by_weight()
+        found.files.append(path.name)
     path = user_path(device.name)
     if not os.path.exists(path):
         if os.environ.get("FASTINFER_PLANS"):
-            _warn(f"FASTINFER_PLANS names {path}, which is not there")
-        return {}
+            found.ignored = f"FASTINFER_PLANS names {path}, which is not there"
+        return found
     try:
         own = read(path)
     except PlanFileError as error:
-        _warn(f"{error}; the file is ignored")
-        return {}
+        found.ignored = f"{error}; the file is ignored"
+        return found
     if own.device.key != device.key:
-        _warn(f"{path} is for {own.device}, this is {device}; the file is ignored")
-        return {}
-    return own.by_weight()
+        found.ignored = f"{path} is for {own.device}, this is {device}; the file is ignored"
+        return found
+    found.rows |= own.by_weight()
+    found.files.append(str(path))
+    return found
 
 
 @functools.cache
 def load(index: int) -> None:
-    """Brings the plans for a device into the library's table, once.
-
-    A user's own go before the shipped ones, weight by weight; FASTINFER_PLANS=0 leaves all matmuls to the heuristics.
-    """
+    """Brings the plans for a device into the library's table, once."""
     if _native.status["cuda"] != "loaded" or os.environ.get("FASTINFER_PLANS") == "0":
         return
     device = Device.of(index)
-    rows: dict[Weight, list[Row]] = {}
-    for path in sorted(SHIPPED.glob("plans_*.json")):
-        shipped = read(path)
-        if shipped.device.key == device.key:
-            rows |= shipped.by_weight()
-    rows |= _own_rows(device)
-    install(device, [row for of_weight in rows.values() for row in of_weight])
+    found = find(device)
+    if found.ignored:
+        _warn(found.ignored)
+    install(device, [row for of_weight in found.rows.values() for row in of_weight])
+
+
+@torch.compiler.assume_constant_result
+def load_for(device: torch.device) -> bool:
+    """`load` for ops: torch.compile calls it while it traces. It must have a result, which means nothing."""
+    load(device.index)
+    return True
+
+
+@contextlib.contextmanager
+def emptied(index: int) -> Iterator[None]:
+    """A device's table without plans: the heuristics choose. They are read again at the end."""
+    load(index)  # or the first matmul would, in here
+    install(Device.of(index), [])
+    try:
+        yield
+    finally:
+        load.cache_clear()
+        load(index)

@@ -11,6 +11,7 @@ from fastinfer.ops.layout import TILE_COLUMNS, TILE_ROWS
 from fastinfer.planning import Planner
 from fastinfer.recipe import Recipe
 from fastinfer.rules import linear as linear_rule
+from fastinfer.tuning import LINEAR_COLUMNS
 from fastinfer.tuning.plans import Weight
 
 
@@ -53,13 +54,24 @@ def _give_values(model: nn.Module) -> None:
                     tensors[name] = made.setdefault(id(tensor), zeros(tensor))
 
 
+def takes(kind: str, n: int, k: int) -> bool:
+    """Whether there are plans for a weight [n, k] of `kind`."""
+    least, multiple = (1, LINEAR_COLUMNS) if kind == "linear" else (TILE_ROWS, TILE_COLUMNS)
+    return n >= least and k > 0 and k % multiple == 0
+
+
 def of_shapes(shapes: Iterable[tuple[int, int]], kinds: Iterable[str], groups: Iterable[int]) -> list[Weight]:
-    """Every weight of these sizes and kinds that a tile layout takes."""
-    groups_of = {"w4a16": tuple(groups)}
-    return [
-        Weight(kind, group, n, k)
-        for n, k in dict.fromkeys(shapes)
-        if n > 0 and k > 0 and n % TILE_ROWS == 0 and k % TILE_COLUMNS == 0
-        for kind in kinds
-        for group in groups_of.get(kind, (0,))
-    ]
+    """Every weight of these sizes and kinds that there are plans for. Prints what is skipped; ValueError if all is."""
+    groups_of, kinds = {"w4a16": tuple(groups)}, tuple(kinds)
+    found = []
+    for n, k in dict.fromkeys(shapes):
+        taken = [kind for kind in kinds if takes(kind, n, k)]
+        found += [Weight(kind, group, n, k) for kind in taken for group in groups_of.get(kind, (0,))]
+        if len(taken) < len(kinds):
+            print(f"{n}×{k}: skipped for {', '.join(kind for kind in kinds if kind not in taken)}")
+    if not found:
+        raise ValueError(
+            f"no size is left: N must be {TILE_ROWS} or more and K a multiple of {TILE_COLUMNS} "
+            f"(linear: any N, K a multiple of {LINEAR_COLUMNS})"
+        )
+    return found
