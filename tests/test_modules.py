@@ -174,6 +174,25 @@ def test_compiles_without_a_graph_break(kind):
         assert torch.equal(compiled(x), module(x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_exports_in_the_order_its_weight_is_in(kind, strict):
+    new, x = KINDS[kind](linear()), torch.randn(3, 64)
+    copied = copy.deepcopy(new)
+    for module in (new, copied):
+        program = torch.export.export(nn.Sequential(module), (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), new(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_an_embedding_exports_too(strict):
+    head, ids = Int8Linear.from_float(linear(40, 64, bias=False)), torch.randint(0, 40, (2, 5))
+    new = Int8Embedding(head.weight, head.weight_scale, like=torch.float32, layout=head.layout)
+    torch.testing.assert_close(torch.export.export(new, (ids,), strict=strict).module()(ids), new(ids))
+
+
 @pytest.mark.parametrize(("n", "k"), [(16, 4), (37, 24), (1, 8), (15, 12), (64, 640)])
 def test_layouts_are_bijections_that_keep_shape(n, k):
     for tensor in (torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.randn(n, k).half()):

@@ -37,12 +37,15 @@ class QuantizedModule(nn.Module):
         """Takes over a packed weight. `like` is the dtype that the module stands in for; `.to(dtype)` changes it."""
         self.register_parameter("weight", weight)
         setattr(weight, MARK, layout)
+        self._last_layout = layout
         self.weights_loaded = False
         self.register_buffer("_like", torch.empty(0, dtype=like, device=weight.device), persistent=False)
 
     @property
     def layout(self) -> str:
         """The order that the weight is in, LAYOUTS.md."""
+        if torch.compiler.is_compiling():  # torch.export puts tensors of its own, without a mark, in the weight's place
+            return getattr(self.weight, MARK, self._last_layout)
         return getattr(self.weight, MARK, ROW)
 
     @property
@@ -62,6 +65,7 @@ class QuantizedModule(nn.Module):
             self._put(name, converted)
         for name in self.laid_out:
             setattr(getattr(self, name), MARK, layout)
+        self._last_layout = layout
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` as what is called `name`. A Parameter keeps its identity; a buffer may be the caller's (assign=True)."""

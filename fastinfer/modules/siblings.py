@@ -38,7 +38,7 @@ class Sibling(QuantizedModule):
 
     def _in_layout(self, name: str, layout: str) -> torch.Tensor:
         tensor = getattr(self, name)
-        mark = getattr(tensor, MARK, layout)
+        mark = getattr(tensor, MARK, _unmarked(self) or layout)
         if mark != PAIR:
             return tensor if mark == layout else super()._in_layout(name, layout)
         assert self.siblings is not None
@@ -108,11 +108,17 @@ def _put(linear: QuantizedModule, name: str, tensor: torch.Tensor, layout: str |
     linear._put(name, tensor)
     if layout is not None:
         setattr(getattr(linear, name), MARK, layout)
+        linear._last_layout = layout
 
 
 def _exporting() -> bool:
     """An exported program knows the tensors of registered modules alone: the linears' own, not the whole."""
     return torch.compiler.is_exporting()
+
+
+def _unmarked(linear: Any) -> str | None:
+    """The order of a tensor without a mark: one that torch.export put in another's place is in the module's."""
+    return linear.layout if _exporting() else None
 
 
 class _Round:
@@ -277,7 +283,8 @@ class Siblings:
 
     def holds(self, linear: Any) -> bool:
         """Whether a linear can be read out of the whole of a pair only."""
-        return self.pair and all(getattr(getattr(linear, n), MARK, None) == PAIR for n in ("weight", *linear.scales))
+        tensors = [getattr(linear, name) for name in ("weight", *linear.scales)]
+        return self.pair and all(getattr(tensor, MARK, _unmarked(linear)) == PAIR for tensor in tensors)
 
     def ready(self) -> bool:
         """Whether the merged tensors stand for what the linears hold."""
