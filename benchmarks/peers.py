@@ -7,7 +7,7 @@
 | `_int_mm` (bare) | `aten._int_mm` | CUDA, M > 16 |
 | Marlin int4, Machete int4 | vLLM, group 128, symmetric | FASTINFER_PEERS; Machete: compute capability 9.0 |
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
-| torch | the same in torch's operations, where no single one does it (int8_quantize) | – |
+| torch | the same in torch's operations, where no single one does it (int8_quantize, rms_norm) | – |
 
 The bare ones get activations that are already int8, as int8_scaled_matmul does here; `_int_mm` has no scales.
 
@@ -84,6 +84,12 @@ def rms_norm_int8(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     v = nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6).float()
     x_scale = v.abs().amax(-1, keepdim=True) / 127
     return (v / x_scale).round().to(torch.int8), x_scale.squeeze(-1)
+
+
+def add_rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm with a residual, in torch's operations."""
+    s = x + residual
+    return nn.functional.rms_norm(s, s.shape[-1:], weight, 1e-6), s
 
 
 def tinygemm(p: Problem) -> Calls:

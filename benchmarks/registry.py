@@ -31,6 +31,7 @@ ODD_NK = [
     (4099, 4096),
 ]
 ODD_M = (3, 7, 33, 129, 1000)
+ROW_OPS = ("int8_quantize", "rms_norm")  # these have no weight matrix
 PRESETS = ("default", "bars", "odd")
 GROUP = 128
 
@@ -53,14 +54,14 @@ class Case:
 def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int, int, int]]:
     """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
 
-    For an op without weights N is K, each M and K once.
+    For an op of ROW_OPS N is K, each M and K once.
     """
     if preset == "default":
         found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     else:
         sizes, rows = (BARS_NK, BARS_M) if preset == "bars" else (ODD_NK, ODD_M)
         found = [(m, n, k) for n, k in sizes for m in rows]
-    return list(dict.fromkeys((m, k, k) for m, _, k in found)) if op == "int8_quantize" else found
+    return list(dict.fromkeys((m, k, k) for m, _, k in found)) if op in ROW_OPS else found
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -161,10 +162,31 @@ def _int8_quantize(problem: Problem) -> Case:
     )
 
 
+def _rms_norm(problem: Problem) -> Case:
+    """With a residual, as a decode step calls it; y and s are checked. Its peer is the same in torch's operations."""
+    module = importlib.import_module("fastinfer.ops.rms_norm")
+    weight = torch.rand(problem.k, device=problem.device).to(problem.dtype)
+    bytes_each = 2 * problem.m * problem.k * problem.dtype.itemsize
+    pairs = [(problem.x(), problem.x()) for _ in problem.copies(bytes_each)]
+    x, residual = pairs[0]
+    return Case(
+        calls=[partial(ops.rms_norm, x, weight, 1e-6, residual) for x, residual in pairs],
+        exact=lambda: torch.stack(module.reference(x, weight, 1e-6, residual, dtype=torch.float64)),
+        plain=lambda: torch.stack(peers.add_rms_norm(x, weight, residual)),
+        magnitude=lambda: 0.0,
+        peers={"torch": [partial(peers.add_rms_norm, x, weight, residual) for x, residual in pairs]},
+        weight_bytes=0,
+        bytes=2 * bytes_each + weight.nbytes,
+        operations=0,
+        result=torch.stack,
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
     "int4_matmul": _int4,
     "linear": _linear,
     "int8_quantize": _int8_quantize,
+    "rms_norm": _rms_norm,
 }

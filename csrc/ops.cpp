@@ -16,6 +16,11 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "str layout) -> Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str activation) -> Tensor");
   m.def("int8_quantize(Tensor x, Tensor? norm_weight, float eps) -> (Tensor q, Tensor x_scale)");
+  // No op may return its input, so the sum is a result only where there is something to add.
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor");
+  m.def(
+      "rms_norm.residual(Tensor x, Tensor? weight, float eps, Tensor residual, float offset) -> (Tensor y, Tensor "
+      "sum)");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

@@ -104,6 +104,20 @@ def check_quantize(m: int, k: int, dtype: torch.dtype, device: str) -> int:
     return 3
 
 
+def check_norm(m: int, k: int, dtype: torch.dtype, device: str) -> int:
+    reference = sys.modules["fastinfer.ops.rms_norm"].reference
+    x, residual = (activations(m, k, dtype=dtype, device="cpu") for _ in range(2))
+    weight = torch.rand(k)
+    for given in (None, weight, weight.to(dtype)):
+        on_device = None if given is None else given.to(device)
+        y, _ = ops.rms_norm(x.to(device), on_device, 1e-6)
+        assert torch.equal(y.cpu(), reference(x, given, 1e-6))
+        out = ops.rms_norm(x.to(device), on_device, 1e-6, residual.to(device), 1.0)
+        expected = reference(x, given, 1e-6, residual, 1.0)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(out, expected))
+    return 6
+
+
 def main(device: str) -> int:
     torch.manual_seed(0)
     scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
@@ -127,6 +141,8 @@ def main(device: str) -> int:
         calls += check_epilogues(m, dtype, device)
     for m, k, dtype in product([1, 9], [30, 64, 4096, 8192, 16384, 20000], DTYPES):
         calls += check_quantize(m, k, dtype, device)
+    for m, k, dtype in product([1, 9], [1, 30, 128, 1024, 4096, 8192, 16384, 20000], DTYPES):
+        calls += check_norm(m, k, dtype, device)
     for (m, n, k), dtype in product(DECODE_SHAPES, DTYPES):
         calls += check_linear(m, n, k, dtype, device)
     for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):

@@ -14,7 +14,9 @@ from fastinfer import _native, ops
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["Args:", "Returns:", "Raises:", "Backends:", "Numerics:", "Source:"]
 TABLE = re.sub(r'"\s*\n\s*"', "", (ROOT / "csrc" / "ops.cpp").read_text())  # long strings stand in pieces
-SCHEMAS = dict(re.findall(r'm\.def\(\s*"(\w+)\(([^)]*)\)', TABLE))
+SCHEMAS: dict[str, dict[str, str]] = {}  # op → overload → arguments; "default" has no name in the table
+for _stem, _overload, _arguments in re.findall(r'm\.def\(\s*"(\w+)(?:\.(\w+))?\(([^)]*)\)', TABLE):
+    SCHEMAS.setdefault(_stem, {})[_overload or "default"] = _arguments
 NOT_OPS = {"cpu_isa", "dependent_launch", "set_tile_plans", "force_tile_plan", "tile_plan_candidates"}
 TORCH_IS_THE_FALLBACK = {"linear"}  # its matmul is torch's on every device: a Triton kernel would only be slower
 
@@ -44,7 +46,9 @@ def test_docstring_has_every_section_and_argument(op):
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_wrapper_reference_and_schema_take_the_same_arguments(op):
-    in_schema = [part.split()[-1] for part in SCHEMAS[op].split(", ")]
+    in_schemas = [[part.split()[-1] for part in arguments.split(", ")] for arguments in SCHEMAS[op].values()]
+    in_schema = max(in_schemas, key=len)  # other overloads take the same but for some, in the same order
+    assert all(taken == [name for name in in_schema if name in taken] for taken in in_schemas)
     assert list(inspect.signature(getattr(ops, op)).parameters) == in_schema
     assert list(inspect.signature(module_of(op).reference).parameters) == [*in_schema, "dtype"]
 
@@ -54,19 +58,22 @@ def test_registers_itself_for_both_devices(op):
     for folder, key, suffix in (("cpu", "CPU", "cpp"), ("cuda", "CUDA", "cu")):
         text = (ROOT / "csrc" / folder / f"{op}.{suffix}").read_text()
         assert f"STABLE_TORCH_LIBRARY_IMPL(fastinfer, {key}, m)" in text
-        assert re.search(rf'm\.impl\("{op}", TORCH_BOX\(&[\w:]*{op}_{folder}\)\)', text)
+        for overload in SCHEMAS[op]:
+            name, function = (op, op) if overload == "default" else (rf"{op}\.{overload}", f"{op}_{overload}")
+            assert re.search(rf'm\.impl\("{name}", TORCH_BOX\(&[\w:]*{function}_{folder}\)\)', text)
 
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_has_kernels_and_a_fake_when_built(op):
     if _native.status["cpu"] != "loaded":
         pytest.skip(_native.status["cpu"])
-    name = f"fastinfer::{op}"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-    if _native.status["cuda"] == "loaded":
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
-    out = getattr(torch.ops.fastinfer, op)
-    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None and out
+    for overload in SCHEMAS[op]:
+        name = f"fastinfer::{op}" if overload == "default" else f"fastinfer::{op}.{overload}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+        if _native.status["cuda"] == "loaded":
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+        out = getattr(getattr(torch.ops.fastinfer, op), overload)
+        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None and out
 
 
 @pytest.mark.parametrize("op", ops.__all__)

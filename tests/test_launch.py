@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_int4_matmul import make
 
-from fastinfer.ops import int4_matmul
+from fastinfer.ops import int4_matmul, rms_norm
 from fastinfer.ops.launch import dependent_launch
 from fastinfer.ops.layout import ROW, TILE_W4A16, convert
 
@@ -51,6 +51,20 @@ def test_what_follows_rows_behind_the_tiles_waits_for_them(m, device, tiles):
         for layer, tokens in zip(layers, (m, rows) * 3, strict=True):
             outs.append(int4_matmul(outs[-1].view(-1)[: tokens * 128].view(tokens, 128), *layer, layout=TILE_W4A16))
         return outs[1:]
+
+    check_chain(chain)
+
+
+@pytest.mark.parametrize("k", [128, 1000, 4096, 16384, 16392])
+def test_a_chain_of_norms_gives_the_same_bits(k, device, tiles):
+    """Each takes the norm of the one before and adds it to that one's sum."""
+    x, weight = torch.randn(9, k, device=device).bfloat16(), torch.rand(k, device=device)
+
+    def chain():
+        outs = [x, x]
+        for _ in range(6):
+            outs += rms_norm(outs[-2], weight, 1e-6, outs[-1])
+        return outs[2:]
 
     check_chain(chain)
 

@@ -13,6 +13,7 @@ from fastinfer import _native, ops
 
 SCALED = importlib.import_module("fastinfer.ops.int8_scaled_matmul")
 QUANTIZE = importlib.import_module("fastinfer.ops.int8_quantize")
+NORM = importlib.import_module("fastinfer.ops.rms_norm")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(0, 32, 64), (1, 17, 64), (3, 48, 96), (16, 33, 160), (17, 70, 96), (40, 65, 128)]
 
@@ -98,6 +99,20 @@ def test_int8_quantize(k, dtype):
             continue
         assert torch.equal(q, expected[0])
         torch.testing.assert_close(x_scale, expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 30, 1024, 2500])
+def test_rms_norm(k, dtype, offset):
+    x, residual = (activations(5, k, dtype=dtype, device=DEVICE) for _ in range(2))
+    weight = torch.rand(k, device=DEVICE) + 0.5
+    x[1], residual[1], x[2, 0] = 0, 0, float("nan")
+    cut = 2 * torch.finfo(dtype).eps if DEVICE == "cpu" and dtype == torch.bfloat16 else 0  # as above
+    for given in (None, weight.to(dtype), weight):
+        for added in (None, residual):
+            out, expected = (f(x, given, 1e-5, added, offset) for f in (kernel("rms_norm"), NORM.reference))
+            torch.testing.assert_close(out, expected, rtol=2 * cut, atol=cut, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", ["int4_matmul", "int8_matmul", "int8_scaled_matmul"])

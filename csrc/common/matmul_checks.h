@@ -110,17 +110,34 @@ inline MatmulShape check_linear(const char* op, const Tensor& x, const Tensor& w
   return {rows_of(x), w.size(0), w.size(1)};
 }
 
-// x [..., K] and norm_weight [K], of the dtype of x or fp32.
+// The weight [K] of a norm of x [..., K], of the dtype of x or fp32, or none.
+inline void check_norm_weight(const char* op, const char* name, const std::optional<Tensor>& weight, const Tensor& x) {
+  if (!weight.has_value()) return;
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(op, name, *weight, x);
+  FASTINFER_CHECK(op, weight->dim() == 1 && weight->size(0) == k, name, " must be [", k, "], got ",
+                  shape_text(*weight));
+  FASTINFER_CHECK(op, weight->scalar_type() == x.scalar_type() || weight->scalar_type() == ScalarType::Float, name,
+                  " must have the dtype of x or float32");
+  FASTINFER_CHECK(op, weight->is_contiguous(), name, " must be contiguous");
+}
+
 inline void check_int8_quantize(const char* op, const Tensor& x, const std::optional<Tensor>& norm_weight) {
   check_x(op, x);
-  if (!norm_weight.has_value()) return;
-  const int64_t k = x.size(x.dim() - 1);
-  check_same_device(op, "norm_weight", *norm_weight, x);
-  FASTINFER_CHECK(op, norm_weight->dim() == 1 && norm_weight->size(0) == k, "norm_weight must be [", k, "], got ",
-                  shape_text(*norm_weight));
-  FASTINFER_CHECK(op, norm_weight->scalar_type() == x.scalar_type() || norm_weight->scalar_type() == ScalarType::Float,
-                  "norm_weight must have the dtype of x or float32");
-  FASTINFER_CHECK(op, norm_weight->is_contiguous(), "norm_weight must be contiguous");
+  check_norm_weight(op, "norm_weight", norm_weight, x);
+}
+
+// x [..., K], weight [K] or none, residual as x or none.
+inline void check_rms_norm(const char* op, const Tensor& x, const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& residual) {
+  check_x(op, x);
+  check_norm_weight(op, "weight", weight, x);
+  if (!residual.has_value()) return;
+  check_same_device(op, "residual", *residual, x);
+  bool fits = residual->dim() == x.dim();
+  for (int64_t i = 0; fits && i < x.dim(); ++i) fits = residual->size(i) == x.size(i);
+  FASTINFER_CHECK(op, fits, "residual must be ", shape_text(x), " as x, got ", shape_text(*residual));
+  FASTINFER_CHECK(op, residual->scalar_type() == x.scalar_type(), "residual must have the dtype of x");
 }
 
 // x [..., K], w [N, K/2] int8, w_scale and w_zero [N, K/G] fp16, bf16 or fp32; G is 32, 64 or 128.

@@ -3,6 +3,7 @@
 #include "cpu/epilogue.h"
 
 #include "cpu/quantize_row.h"
+#include "cpu/row_norm.h"
 
 template <Dtype T>
 FI_INLINE Float round_to(Float v) {  // to the values that T has
@@ -12,27 +13,10 @@ FI_INLINE Float round_to(Float v) {  // to the values that T has
   return load_as_float<T>(rounded);
 }
 
-// Σ x² in fp64: no order of the sum shows in an fp32 mean.
-template <Dtype T>
-double sum_squares(const char* x, int64_t left) {
-  double sums[kChunk] = {};
-  alignas(64) float chunk[kChunk];
-  for (; left > 0; left -= kChunk, x += kChunk * bytes_in(T)) {
-    Float values[kLineVecs];
-    load_some<T>(x, left, values);
-    for (int v = 0; v < kLineVecs; ++v) store(chunk + v * kLanes, values[v]);
-    for (int i = 0; i < kChunk; ++i) sums[i] += static_cast<double>(chunk[i]) * chunk[i];
-  }
-  double sum = 0;
-  for (int i = 0; i < kChunk; ++i) sum += sums[i];
-  return sum;
-}
-
 // x / sqrt(mean(x²) + eps) · norm_weight in whole chunks, rounded to T after each product.
 template <Dtype T>
 void rms_norm(const QuantizeJob& job, const char* x, float* out) {
-  const float mean = static_cast<float>(sum_squares<T>(x, job.k)) / static_cast<float>(job.k);
-  const Float factor = broadcast(1.0f / std::sqrt(mean + job.eps));
+  const Float factor = broadcast(rms_factor<T>(x, job.k, job.eps));
   alignas(64) float weight[kChunk];
   for (int64_t k = 0; k < job.k; k += kChunk) {
     Float values[kLineVecs];

@@ -26,6 +26,15 @@ FI_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 FI_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 FI_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 
+using Double = __m512d;
+FI_INLINE Double zero_double() { return _mm512_setzero_pd(); }
+FI_INLINE void store_double(double* p, Double v) { _mm512_storeu_pd(p, v); }
+FI_INLINE void add_squares(Float v, Double (&sums)[2]) {  // of the lower lanes and of the upper ones
+  const Double low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  sums[0] = _mm512_fmadd_pd(low, low, sums[0]);
+  sums[1] = _mm512_fmadd_pd(high, high, sums[1]);
+}
+
 FI_INLINE Int zero_int() { return _mm512_setzero_si512(); }
 FI_INLINE Int broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
 FI_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }

@@ -13,7 +13,7 @@
 
 #include "common/hopper.cuh"
 #include "common/matmul_checks.h"
-#include "cuda/dependent_launch.cuh"
+#include "cuda/row_norm.cuh"
 
 namespace fastinfer {
 
@@ -28,34 +28,6 @@ struct QuantizeArgs {
   float* x_scale = nullptr;  // [M]; NaN for a row of v with NaN or infinity
   int64_t k = 0, padded_k = 0;
 };
-
-template <int kCount>
-__device__ __forceinline__ void load_norm_weight(const QuantizeArgs& args, int pack, float (&out)[kCount]) {
-  if (args.norm_type == Element::kFloat) {
-    const auto w = static_cast<const Pack<float, kCount>*>(args.norm_weight)[pack];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = w.v[i];
-    return;
-  }
-  const auto w = static_cast<const Pack<uint16_t, kCount>*>(args.norm_weight)[pack];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    out[i] = args.norm_type == Element::kHalf ? __half2float(__ushort_as_half(w.v[i]))
-                                              : __bfloat162float(__ushort_as_bfloat16(w.v[i]));
-  }
-}
-
-__device__ __forceinline__ double block_sum(double v) {
-  __shared__ double warp_sums[kQuantizeWarps];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  double sum = 0.0;
-#pragma unroll
-  for (int i = 0; i < kQuantizeWarps; ++i) sum += warp_sums[i];
-  return sum;
-}
 
 // The largest of the threads' values; `all` becomes whether it was true in each of them.
 __device__ __forceinline__ float block_max(float v, bool& all) {
@@ -82,7 +54,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) int8_quantize_kernel(const _
 #pragma unroll
     for (int p = 0; p < kKept; ++p) {
       const int i = threadIdx.x + p * kQuantizeThreads;
-      if (i < packs) load_norm_weight(args, i, weight[p]);
+      if (i < packs) load_norm_weight(args.norm_weight, args.norm_type, i, weight[p]);
     }
   }
 #if __CUDA_ARCH__ >= 900
@@ -118,7 +90,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) int8_quantize_kernel(const _
         if (i < packs) {
           v = x_row[i];
           if (normed) {
-            load_norm_weight(args, i, weight[0]);
+            load_norm_weight(args.norm_weight, args.norm_type, i, weight[0]);
             normalise(v, weight[0]);
           }
         }
@@ -129,15 +101,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) int8_quantize_kernel(const _
 
   if (norm) {
     double sum = 0.0;
-    each_pack(false, [&](int, const Pack<T, kCount>& v) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const double x = to_float(v.v[j]);
-        sum = fma(x, x, sum);
-      }
-    });
-    const float mean = __fdiv_rn(static_cast<float>(block_sum(sum)), static_cast<float>(args.k));
-    factor = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, args.eps)));
+    each_pack(false, [&](int, const Pack<T, kCount>& v) { add_squares(v, sum); });
+    factor = rms_factor(block_sum<kQuantizeWarps>(sum), args.k, args.eps);
 #pragma unroll
     for (int p = 0; p < kKept; ++p) {
       if (threadIdx.x + p * kQuantizeThreads < packs) normalise(kept[p], weight[p]);
@@ -193,13 +158,7 @@ void launch_int8_quantize(const char* op, const Tensor& x, const std::optional<T
   const bool wide = args.k % 8 == 0 && args.padded_k % 8 == 0 && is_aligned16(x) &&
                     (!norm_weight.has_value() || is_aligned16(*norm_weight));
   dispatch_float(x.scalar_type(), [&](auto zero) {
-    const auto kernel = choose_kernel<decltype(zero)>(args, wide);
-    if (context.limits().capability == 90) {
-      launch_clusters(op, kernel, x.size(0), kQuantizeThreads, 1, 0, take_dependent_launch(), args, context);
-    } else {
-      kernel<<<static_cast<unsigned>(x.size(0)), kQuantizeThreads, 0, context.stream()>>>(args);
-      check_launch(op);
-    }
+    launch_rows(op, choose_kernel<decltype(zero)>(args, wide), x.size(0), kQuantizeThreads, args, context);
   });
 }
 

@@ -71,6 +71,23 @@ def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
 
 
+def check_device(op: str, name: str, t: torch.Tensor, x: torch.Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, as x, got {t.device}")
+
+
+def check_norm_weight(op: str, name: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
+    """The weight [K] of a norm of x [..., K], or none."""
+    if weight is None:
+        return
+    check_device(op, name, weight, x)
+    check_beside(op, name, weight, x)
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: {name} must be {x.dtype} or float32, got {describe(weight)}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: {name} must be {list(x.shape[-1:])}, got {describe(weight)}")
+
+
 def check_int8_scale(op: str, w: torch.Tensor, w_scale: torch.Tensor) -> None:
     if w_scale.dtype != torch.float32 or w_scale.shape != w.shape[:1]:
         raise ValueError(f"{op}: w_scale must be float32 [{w.shape[0]}], got {describe(w_scale)}")
@@ -119,18 +136,23 @@ def linear_reference(x, weight, bias, residual, activation, dtype: torch.dtype |
 # ---- dispatch -------------------------------------------------------------------------------------------------------
 
 
-def run(op: str, reference: Callable, *args, triton: bool = True):
-    """Calls `op` on the fastest backend that the first argument's device has; `triton` says whether that may be one."""
+def run(op: str, reference: Callable, *args, triton: bool = True, **named):
+    """Calls `op` on the fastest backend that the first argument's device has; `triton` says whether that may be one.
+
+    `op` may name an overload, as in the table of schemas; Triton and the reference take all of an op's in one function.
+    """
+    stem, _, overload = op.partition(".")
     device = args[0].device
     kind = _native.backend(device)
     if kind == "native":
         if args[0].is_cuda:
             plans.load_for(device)
-        return getattr(torch.ops.fastinfer, op)(*args)
+        native = getattr(torch.ops.fastinfer, stem)
+        return (getattr(native, overload) if overload else native)(*args, **named)
     _native.warn_fallback(device, kind)
     if kind == "triton" and triton:
-        return getattr(importlib.import_module(f"fastinfer.kernels.{op}"), op)(*args)
-    return reference(*args)
+        return getattr(importlib.import_module(f"fastinfer.kernels.{stem}"), stem)(*args, **named)
+    return reference(*args, **named)
 
 
 def register_fake(op: str) -> Callable:

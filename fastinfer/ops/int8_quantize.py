@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import check_beside, check_float, describe, register_fake, run
+from fastinfer.ops._common import check_float, check_norm_weight, register_fake, run
+from fastinfer.ops.rms_norm import divide, rms_factor
 
 
 def int8_quantize(
@@ -30,25 +31,15 @@ def int8_quantize(
     check_float("int8_quantize", "x", x)
     if x.dim() == 0:
         raise ValueError("int8_quantize: x must have at least one dimension, got a scalar")
-    if norm_weight is not None:
-        check_beside("int8_quantize", "norm_weight", norm_weight, x)
-        if norm_weight.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"int8_quantize: norm_weight must be {x.dtype} or float32, got {describe(norm_weight)}")
-        if norm_weight.shape != x.shape[-1:]:
-            raise ValueError(f"int8_quantize: norm_weight must be {list(x.shape[-1:])}, got {describe(norm_weight)}")
+    check_norm_weight("int8_quantize", "norm_weight", norm_weight, x)
     return run("int8_quantize", reference, x, norm_weight, eps)
-
-
-def divide(a: torch.Tensor, by: float) -> torch.Tensor:
-    return a / torch.full_like(a, by)  # by a number, torch would multiply by its reciprocal on CUDA
 
 
 def rms_norm(x, norm_weight, eps: float, dtype: torch.dtype | None) -> torch.Tensor:
     """x's RMS norm in x's dtype, or in `dtype` without a rounding on the way."""
-    mean = divide(x.double().square().sum(-1, keepdim=True).to(dtype or torch.float32), max(1, x.shape[-1]))
-    root = (mean + torch.full_like(mean, eps)).double().sqrt().to(mean.dtype)  # torch's in fp32 is an ulp off at times
-    normed = (x.to(mean.dtype) * (torch.ones_like(root) / root)).to(dtype or x.dtype)
-    return (normed.to(mean.dtype) * norm_weight.to(mean.dtype)).to(dtype or x.dtype)
+    factor = rms_factor(x, eps, dtype)
+    normed = (x.to(factor.dtype) * factor).to(dtype or x.dtype)
+    return (normed.to(factor.dtype) * norm_weight.to(factor.dtype)).to(dtype or x.dtype)
 
 
 def reference(x, norm_weight=None, eps=1e-6, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
