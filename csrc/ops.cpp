@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "str layout) -> Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str activation) -> Tensor");
   m.def("int8_quantize(Tensor x, Tensor? norm_weight, float eps) -> (Tensor q, Tensor x_scale)");
+  m.def(
+      "kv_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? cos, Tensor? sin, Tensor? starts, float scale, int window, "
+      "float softcap) -> Tensor");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

@@ -122,6 +122,8 @@ def linear_reference(x, weight, bias, residual, activation, dtype: torch.dtype |
 def run(op: str, reference: Callable, *args, triton: bool = True):
     """Calls `op` on the fastest backend that the first argument's device has; `triton` says whether that may be one."""
     device = args[0].device
+    if device.type == "cuda" and op in _native.CPU_ONLY:
+        return reference(*args)
     kind = _native.backend(device)
     if kind == "native":
         if args[0].is_cuda:
