@@ -95,10 +95,13 @@ FI_INLINE void multiply_add(const float* q, int64_t padded, const char* const* k
   }
 }
 
-// scores[r][i] = q[r] · keys[i]
+// scores[r][i] = q[r] · keys[i]. Fetches the values on the way: they are read in strips, which no hardware foresees.
 template <class S, int ROWS>
-FI_NOINLINE void score_keys(const float* q, int64_t padded, const char* keys, int64_t count, int64_t d, float* scores) {
-  for (int64_t key = 0; key < count; key += kTile) {
+FI_NOINLINE void score_keys(const float* q, int64_t padded, const char* keys, const char* values, int64_t count,
+                            int64_t d, float* scores) {
+  const int64_t tile_bytes = kTile * d * S::kBytes;
+  for (int64_t key = 0; key < count; key += kTile, values += tile_bytes) {
+    for (int64_t i = 0; i < tile_bytes; i += 64) _mm_prefetch(values + i, _MM_HINT_T1);
     const char* tile[kTile];
     for (int i = 0; i < kTile; ++i) {  // past the end, the last one again
       tile[i] = keys + (key + i < count ? key + i : count - 1) * d * S::kBytes;
@@ -194,8 +197,9 @@ void attend_rows(const AttentionJob& job, int64_t b, int64_t g, int64_t row, int
   }
   alignas(64) float scores[ROWS * kKeys];
   const int64_t count = to - from, cache_row = job.cache_row(b, g, from);
+  const char* values = job.v_cache + cache_row * s.d * S::kBytes;
   const float* queries = job.queries + ((b * s.g + g) * s.rows() + row) * job.padded;
-  score_keys<S, ROWS>(queries, job.padded, job.k_cache + cache_row * s.d * S::kBytes, count, s.d, scores);
+  score_keys<S, ROWS>(queries, job.padded, job.k_cache + cache_row * s.d * S::kBytes, values, count, s.d, scores);
   for (int r = 0; r < ROWS; ++r) {
     const int64_t t = (row + r) / s.group();
     const int64_t end = std::max<int64_t>(0, std::min(count, job.position(b, t) + 1 - from));
@@ -205,7 +209,7 @@ void attend_rows(const AttentionJob& job, int64_t b, int64_t g, int64_t row, int
     weigh(weights, count, begin, end, job.softcap, stats + 2 * r);
     for (int64_t i = begin; job.int8 && i < end; ++i) weights[i] *= job.v_scale[cache_row + i];
   }
-  sum_values<S, ROWS>(scores, job.v_cache + cache_row * s.d * S::kBytes, count, s.d, sums, job.padded);
+  sum_values<S, ROWS>(scores, values, count, s.d, sums, job.padded);
 }
 
 template <class S, int ROWS>
