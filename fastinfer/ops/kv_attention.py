@@ -211,15 +211,15 @@ def reference(
     if starts is not None:
         visible &= position >= starts[:, None, None]
     values = values.masked_fill(~visible.any(1)[:, None, :, None], 0)  # 0 · NaN would be NaN
-    queries = rotate(q, cos, sin, wide).view(b, t, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(b, g, -1, d)
+    queries = rotate(q, cos, sin, wide).reshape(b, t, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(b, g, h // g * t, d)
     scores = (queries @ keys.transpose(-1, -2)).view(b, g, h // g, t, positions)
     scores = scores * (d**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     hidden = ~visible[:, None, None]
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
-    y = (weights.view(b, g, -1, positions) @ values).view(b, g, h // g, t, d)
-    return y.permute(0, 3, 1, 2, 4).reshape(b, t, h, d).to(dtype or q.dtype)
+    y = (weights.view(b, g, h // g * t, positions) @ values).view(b, g, h // g, t, d)
+    return y.permute(0, 3, 1, 2, 4).reshape(b, t, h, d).to(dtype or q.dtype).contiguous()
 
 
 @register_fake(NAME)
