@@ -7,6 +7,7 @@
 | `_int_mm` (bare) | `aten._int_mm` | CUDA, M > 16 |
 | Marlin int4, Machete int4 | vLLM, group 128, symmetric | FASTINFER_PEERS; Machete: compute capability 9.0 |
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
+| sdpa | torch's `scaled_dot_product_attention` on a cache in the dtype of q, one query a row (kv_attention) | – |
 | torch | the same in torch's operations, where no single one does it (int8_quantize, rms_norm) | – |
 
 The bare ones get activations that are already int8, as int8_scaled_matmul does here; `_int_mm` has no scales.
@@ -70,6 +71,10 @@ class Problem:
 
     def scales(self, *size: int) -> torch.Tensor:
         return (torch.rand(*size, device=self.device) * 0.01).to(self.dtype)
+
+
+def sdpa(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
 
 def linear(p: Problem) -> Calls:

@@ -32,6 +32,13 @@ ODD_NK = [
 ]
 ODD_M = (3, 7, 33, 129, 1000)
 ROW_OPS = ("int8_quantize", "rms_norm")  # these have no weight matrix
+# batch, positions, H · D, which says the heads: (H, G, D) of an 8B Llama, of Gemma 3 270M
+KV_HEADS = {4096: (32, 8, 128), 1024: (4, 1, 256)}
+KV_SHAPES = {
+    "cpu": [(1, 1024, 4096), (1, 8192, 4096), (1, 1024, 1024), (1, 8192, 1024), (4, 1024, 4096)],
+    "cuda": [(1, 1024, 4096), (1, 8192, 4096), (1, 65536, 4096), (64, 2048, 4096), (16, 4096, 4096), (1, 1024, 1024)],
+}
+KV_ODD = [(3, 777, 4096), (2, 2049, 1024), (1, 1, 4096)]
 PRESETS = ("default", "bars", "odd")
 GROUP = 128
 
@@ -54,8 +61,10 @@ class Case:
 def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int, int, int]]:
     """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
 
-    For an op of ROW_OPS N is K, each M and K once.
+    For an op of ROW_OPS N is K, each M and K once; for attention M is the batch, N the positions, K = H · D.
     """
+    if op.startswith("kv_attention"):
+        return KV_ODD if preset == "odd" else KV_SHAPES[device]
     if preset == "default":
         found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     else:
@@ -182,6 +191,48 @@ def _rms_norm(problem: Problem) -> Case:
     )
 
 
+def _kv_attention(problem: Problem, int8: bool = False) -> Case:
+    """A decode step with a full cache, which is all that is read; the peer has the new token there already."""
+    module = importlib.import_module("fastinfer.ops.kv_attention")
+    b, positions, dtype, device = problem.m, problem.n, problem.dtype, problem.device
+    h, g, d = KV_HEADS[problem.k]
+    elements = b * g * positions * d
+    copies = problem.copies(2 * elements * (1 if int8 else dtype.itemsize))
+    q, k, v = torch.randn(b, 1, h + 2 * g, d, device=device).to(dtype).split([h, g, g], 2)
+    angle = torch.rand(1, 1, d, device=device) * 6
+    lengths = torch.full((b,), positions - 1, dtype=torch.int32, device=device)
+    rest = {"cos": angle.cos(), "sin": angle.sin()}
+
+    def floats() -> list[torch.Tensor]:
+        return [torch.randn(b, g, positions, d, device=device).to(dtype) for _ in "kv"]
+
+    def cache() -> tuple[torch.Tensor, ...]:
+        if not int8:
+            return (*floats(), lengths)
+        return (*(problem.ints(elements // d, d).view(b, g, positions, d) for _ in "kv"), lengths)
+
+    def scales() -> dict[str, torch.Tensor]:
+        return {f"{n}_scale": torch.rand(b, g, positions, device=device) / 40 for n in "kv"} if int8 else {}
+
+    calls = [partial(ops.kv_attention, q, k, v, *cache(), **scales(), **rest) for _ in copies]
+
+    def reference(wide: torch.dtype | None) -> torch.Tensor:
+        k_cache, v_cache = (t.clone() if int8 else t.to(wide or dtype, copy=True) for t in calls[0].args[3:5])
+        kept = {n: t.clone() for n, t in calls[0].keywords.items()}
+        return module.reference(q, k, v, k_cache, v_cache, lengths, **kept, dtype=wide)
+
+    return Case(
+        calls=list(calls),
+        exact=lambda: reference(torch.float64),
+        plain=lambda: reference(None),
+        magnitude=lambda: 8.0,
+        peers={"sdpa": [partial(peers.sdpa, q.transpose(1, 2), *floats()) for _ in copies]},
+        weight_bytes=0,
+        bytes=2 * elements * (1 if int8 else dtype.itemsize) + (8 * b * g * positions if int8 else 0),
+        operations=4 * b * h * positions * d,
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
@@ -189,4 +240,6 @@ OPS: dict[str, Callable[[Problem], Case]] = {
     "linear": _linear,
     "int8_quantize": _int8_quantize,
     "rms_norm": _rms_norm,
+    "kv_attention": _kv_attention,
+    "kv_attention int8": partial(_kv_attention, int8=True),
 }

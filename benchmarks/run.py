@@ -9,11 +9,11 @@ outgrow the last-level cache, and all data is random. Peers are those of `peers.
 those that torch does not bring. --plot needs matplotlib (`pip install fastinfer[bench]`).
 
 A line before each N×K says what one packed copy of its weights holds, scales and zero points included. The columns:
-shape M×N×K; GB/s of what has to be read and written once (packed weights, x, y); `% of roofline`: the time that those
-bytes take at the read bandwidth, or the operations at the peak of a matmul (that of W8A8 in int8, else in the dtype of
-x), whichever is longer, over the time taken. Both are measured at the start: the bandwidth of a sum, and the fastest
-matmul there is, 8192³ on a GPU. `× peer` is the peer's time over ours, above 1 where ours is faster. At the end, the
-geometric means of the fastest peer of each row over ours.
+shape M×N×K (attention: batch × positions × heads · head size); GB/s of what has to be read and written once (packed
+weights, x, y); `% of roofline`: the time that those bytes take at the read bandwidth, or the operations at the peak of
+a matmul (that of W8A8 in int8, else in the dtype of x), whichever is longer, over the time taken. Both are measured at
+the start: the bandwidth of a sum, and the fastest matmul there is, 8192³ on a GPU. `× peer` is the peer's time over
+ours, above 1 where ours is faster. At the end, the geometric means of the fastest peer of each row over ours.
 """
 
 from __future__ import annotations

@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def(
       "rms_norm.residual(Tensor x, Tensor? weight, float eps, Tensor residual, float offset) -> (Tensor y, Tensor "
       "sum)");
+  m.def(
+      "kv_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? cos, Tensor? sin, Tensor? starts, float scale, int window, "
+      "float softcap) -> Tensor");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

@@ -35,22 +35,38 @@ FI_INLINE void store_some(char* p, int64_t count, const Float* values) {  // the
   if (count < kChunk) std::memcpy(p, padded, count * bytes_in(T));
 }
 
-// eᵗ, wrong by about one unit in the last place: 2ⁿ times the Taylor series around 0 of what is left of t.
+// eᵗ = (1 + r · sum) · power: 2ⁿ times the Taylor series around 0 of what is left of t.
+struct Exp {
+  Float r, sum, power;
+
+  FI_INLINE explicit Exp(Float t) {
+    t = clamp(t, 87.0f);  // keeps 2ⁿ a normal number
+    const Int n = round_to_int(mul(t, broadcast(1.44269504f)));
+    const Float whole = to_float(n);
+    r = fma(whole, broadcast(-0.693359375f), t);  // ln 2 in two parts, the first exact in few bits
+    r = fma(whole, broadcast(2.12194440e-4f), r);
+    sum = broadcast(1.0f / 5040);
+    sum = fma(sum, r, broadcast(1.0f / 720));
+    sum = fma(sum, r, broadcast(1.0f / 120));
+    sum = fma(sum, r, broadcast(1.0f / 24));
+    sum = fma(sum, r, broadcast(1.0f / 6));
+    sum = fma(sum, r, broadcast(0.5f));
+    sum = fma(sum, r, broadcast(1.0f));
+    power = power_of_two(n);
+  }
+};
+
+// Wrong by about one unit in the last place.
 inline Float exp_float(Float t) {
-  t = clamp(t, 87.0f);  // keeps 2ⁿ a normal number
-  const Int n = round_to_int(mul(t, broadcast(1.44269504f)));
-  const Float whole = to_float(n);
-  Float r = fma(whole, broadcast(-0.693359375f), t);  // ln 2 in two parts, the first exact in few bits
-  r = fma(whole, broadcast(2.12194440e-4f), r);
-  Float sum = broadcast(1.0f / 5040);
-  sum = fma(sum, r, broadcast(1.0f / 720));
-  sum = fma(sum, r, broadcast(1.0f / 120));
-  sum = fma(sum, r, broadcast(1.0f / 24));
-  sum = fma(sum, r, broadcast(1.0f / 6));
-  sum = fma(sum, r, broadcast(0.5f));
-  sum = fma(sum, r, broadcast(1.0f));
-  sum = fma(sum, r, broadcast(1.0f));
-  return mul(sum, power_of_two(n));
+  const Exp e(t);
+  return mul(fma(e.sum, e.r, broadcast(1.0f)), e.power);
+}
+
+// (e²ᵗ − 1) / (e²ᵗ + 1), without the cancellation near 0.
+inline Float tanh_float(Float t) {
+  const Exp e(add(t, t));
+  const Float minus_1 = fma(mul(e.sum, e.r), e.power, sub(e.power, broadcast(1.0f)));
+  return div(minus_1, add(minus_1, broadcast(2.0f)));
 }
 
 inline Float gelu(Float v) {

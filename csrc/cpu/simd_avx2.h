@@ -48,9 +48,10 @@ FI_INLINE Float power_of_two(Int n) {  // −126 … 127
 
 FI_INLINE Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
 FI_INLINE Int magnitude_bits(Float v) { return _mm256_and_si256(_mm256_castps_si256(v), broadcast_int(0x7fffffff)); }
-FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(v); }  // halves to even, as threads start
-FI_INLINE Float clamp(Float v, float most) {
-  return _mm256_min_ps(_mm256_max_ps(v, broadcast(-most)), broadcast(most));
+FI_INLINE Int round_to_int(Float v) { return _mm256_cvtps_epi32(v); }        // halves to even, as threads start
+FI_INLINE Float max_float(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where one is NaN
+FI_INLINE Float clamp(Float v, float most) {                                 // NaN stays NaN
+  return _mm256_min_ps(broadcast(most), max_float(broadcast(-most), v));
 }
 FI_INLINE void store_quantised(int8_t* out, const Int* q) {  // 16 numbers that fit a byte
   const Int words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
@@ -68,6 +69,16 @@ inline float reduce_add(Float v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+inline float reduce_max(Float v) {
+  __m128 top = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+  return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+}
+FI_INLINE void store_sums(float* out, const Float* v) {  // the sums of four vectors, side by side
+  const Float sums = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
 // Byte J of each lane, signed, times 2^24, as a float: a shuffle puts it into the top byte, so that no shift is needed.
@@ -104,6 +115,16 @@ FI_INLINE Float load_as_float(const void* p) {
   if constexpr (T == Dtype::kHalf) return _mm256_cvtph_ps(bits);
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+
+template <Dtype T>
+FI_INLINE Float load_8_as_float(const void* p) {
+  return load_as_float<T>(p);
+}
+
+FI_INLINE Float load_bytes_as_float(const void* p) {  // int8
+  return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+FI_INLINE Float load_8_bytes_as_float(const void* p) { return load_bytes_as_float(p); }
 
 template <Dtype T>
 FI_INLINE void store_from_float(void* p, Float v) {

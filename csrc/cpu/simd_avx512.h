@@ -51,14 +51,23 @@ FI_INLINE Int magnitude_bits(Float v) { return _mm512_and_si512(_mm512_castps_si
 FI_INLINE Int round_to_int(Float v) {  // halves to even
   return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-FI_INLINE Float clamp(Float v, float most) {
-  return _mm512_min_ps(_mm512_max_ps(v, broadcast(-most)), broadcast(most));
+FI_INLINE Float max_float(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+FI_INLINE Float clamp(Float v, float most) {                                 // NaN stays NaN
+  return _mm512_min_ps(broadcast(most), max_float(broadcast(-most), v));
 }
 FI_INLINE void store_quantised(int8_t* out, const Int* q) {  // 16 numbers that fit a byte
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(q[0]));
 }
 FI_INLINE int32_t reduce_max(Int v) { return _mm512_reduce_max_epi32(v); }
 FI_INLINE float reduce_add(Float v) { return _mm512_reduce_add_ps(v); }
+
+inline float reduce_max(Float v) { return _mm512_reduce_max_ps(v); }
+FI_INLINE __m256 add_halves(Float v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+FI_INLINE void store_sums(float* out, const Float* v) {  // the sums of four vectors, side by side
+  const __m256 low = _mm256_hadd_ps(add_halves(v[0]), add_halves(v[1]));
+  const __m256 sums = _mm256_hadd_ps(low, _mm256_hadd_ps(add_halves(v[2]), add_halves(v[3])));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
 
 // Byte J of each lane, signed, times 2^24, as a float: a shuffle puts it into the top byte, so that no shift is needed.
 template <int J>
@@ -88,6 +97,21 @@ FI_INLINE Float load_as_float(const void* p) {
   const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
   if constexpr (T == Dtype::kHalf) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+template <Dtype T>
+FI_INLINE Float load_8_as_float(const void* p) {  // 8 elements, then zeros
+  const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  if constexpr (T == Dtype::kFloat) return _mm512_zextps256_ps512(_mm256_loadu_ps(static_cast<const float*>(p)));
+  if constexpr (T == Dtype::kHalf) return _mm512_zextps256_ps512(_mm256_cvtph_ps(bits));
+  return _mm512_zextps256_ps512(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+}
+
+FI_INLINE Float load_bytes_as_float(const void* p) {  // int8
+  return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+FI_INLINE Float load_8_bytes_as_float(const void* p) {
+  return to_float(_mm512_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
 
 template <Dtype T>

@@ -4,7 +4,16 @@ from fastinfer.ops.int4_matmul import int4_matmul
 from fastinfer.ops.int8_matmul import int8_matmul
 from fastinfer.ops.int8_quantize import int8_quantize
 from fastinfer.ops.int8_scaled_matmul import int8_scaled_matmul
+from fastinfer.ops.kv_attention import kv_attention
 from fastinfer.ops.linear import linear
 from fastinfer.ops.rms_norm import rms_norm
 
-__all__ = ["int4_matmul", "int8_matmul", "int8_quantize", "int8_scaled_matmul", "linear", "rms_norm"]
+__all__ = [
+    "int4_matmul",
+    "int8_matmul",
+    "int8_quantize",
+    "int8_scaled_matmul",
+    "kv_attention",
+    "linear",
+    "rms_norm",
+]
