@@ -8,6 +8,7 @@
 | Marlin int4, Machete int4 | vLLM, group 128, symmetric | FASTINFER_PEERS; Machete: compute capability 9.0 |
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
 | torch | the same in torch's operations, where no single one does it (int8_quantize) | – |
+| transformers | its logits processors, softmax and multinomial, as `generate` calls them (sample) | transformers |
 
 The bare ones get activations that are already int8, as int8_scaled_matmul does here; `_int_mm` has no scales.
 
@@ -84,6 +85,15 @@ def rms_norm_int8(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     v = nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6).float()
     x_scale = v.abs().amax(-1, keepdim=True) / 127
     return (v / x_scale).round().to(torch.int8), x_scale.squeeze(-1)
+
+
+def warp_and_draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """sample with transformers' own processors."""
+    from transformers import generation
+
+    steps = [generation.TemperatureLogitsWarper(temperature), generation.TopKLogitsWarper(top_k)]
+    scores = generation.LogitsProcessorList([*steps, generation.TopPLogitsWarper(top_p)])(None, logits.float())
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
 
 def tinygemm(p: Problem) -> Calls:

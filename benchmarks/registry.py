@@ -31,6 +31,7 @@ ODD_NK = [
     (4099, 4096),
 ]
 ODD_M = (3, 7, 33, 129, 1000)
+SAMPLE_SHAPES = [(m, v, 1) for v in (32000, 151936, 262144) for m in (1, 16)]
 PRESETS = ("default", "bars", "odd")
 GROUP = 128
 
@@ -53,8 +54,10 @@ class Case:
 def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int, int, int]]:
     """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
 
-    For an op without weights N is K, each M and K once.
+    For an op without weights N is K, each M and K once; sample has rows and vocabularies of its own, [M, N].
     """
+    if op == "sample":
+        return SAMPLE_SHAPES
     if preset == "default":
         found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     else:
@@ -161,10 +164,33 @@ def _int8_quantize(problem: Problem) -> Case:
     )
 
 
+def _sample(problem: Problem) -> Case:
+    """Temperature, top-k, top-p as chat models set them. Its peer is transformers' processors, softmax and multinomial."""
+    module = importlib.import_module("fastinfer.ops.sample")
+    m, v, device = problem.m, problem.n, problem.device
+    logits = [
+        (torch.randn(m, v, device=device) * 3).to(problem.dtype)
+        for _ in problem.copies(m * v * torch.finfo(problem.dtype).bits // 8)
+    ]
+    seed, offset = torch.tensor([1], device=device), torch.tensor([0], device=device)
+    settings = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    return Case(
+        calls=[partial(ops.sample, x, seed, offset, **settings) for x in logits],
+        exact=lambda: module.reference(logits[0], seed, offset, **settings).double(),
+        plain=lambda: module.reference(logits[0], seed, offset, **settings),
+        magnitude=lambda: 0.0,
+        peers={"transformers": [partial(peers.warp_and_draw, x, **settings) for x in logits]},
+        weight_bytes=0,
+        bytes=logits[0].nbytes + 8 * m,
+        operations=0,
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
     "int4_matmul": _int4,
     "linear": _linear,
     "int8_quantize": _int8_quantize,
+    "sample": _sample,
 }

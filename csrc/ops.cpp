@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "str layout) -> Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str activation) -> Tensor");
   m.def("int8_quantize(Tensor x, Tensor? norm_weight, float eps) -> (Tensor q, Tensor x_scale)");
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p, float min_p, "
+      "float repetition_penalty, Tensor? seen) -> Tensor");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

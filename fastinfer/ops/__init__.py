@@ -5,5 +5,6 @@ from fastinfer.ops.int8_matmul import int8_matmul
 from fastinfer.ops.int8_quantize import int8_quantize
 from fastinfer.ops.int8_scaled_matmul import int8_scaled_matmul
 from fastinfer.ops.linear import linear
+from fastinfer.ops.sample import sample
 
-__all__ = ["int4_matmul", "int8_matmul", "int8_quantize", "int8_scaled_matmul", "linear"]
+__all__ = ["int4_matmul", "int8_matmul", "int8_quantize", "int8_scaled_matmul", "linear", "sample"]

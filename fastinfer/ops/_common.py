@@ -71,6 +71,10 @@ def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
 
 
+def divide(a: torch.Tensor, by: float) -> torch.Tensor:
+    return a / torch.full_like(a, by)  # by a number, torch would multiply by its reciprocal on CUDA
+
+
 def check_int8_scale(op: str, w: torch.Tensor, w_scale: torch.Tensor) -> None:
     if w_scale.dtype != torch.float32 or w_scale.shape != w.shape[:1]:
         raise ValueError(f"{op}: w_scale must be float32 [{w.shape[0]}], got {describe(w_scale)}")
@@ -142,6 +146,13 @@ def register_fake(op: str) -> Callable:
         return fake
 
     return register
+
+
+def register_reference(op: str, reference: Callable) -> None:
+    """Makes the reference the op's CUDA kernel where there is no other: opaque to torch.compile, as kernels are."""
+    name = f"fastinfer::{op}"
+    if _native.status["cpu"] == "loaded" and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        torch.library.impl(name, "cuda")(lambda *args: reference(*args))
 
 
 def fake_matmul(x: torch.Tensor, w: torch.Tensor, activation: str, dtype: torch.dtype | None = None) -> torch.Tensor:

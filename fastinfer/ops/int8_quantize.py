@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import check_beside, check_float, describe, register_fake, run
+from fastinfer.ops._common import check_beside, check_float, describe, divide, register_fake, run
 
 
 def int8_quantize(
@@ -37,10 +37,6 @@ def int8_quantize(
         if norm_weight.shape != x.shape[-1:]:
             raise ValueError(f"int8_quantize: norm_weight must be {list(x.shape[-1:])}, got {describe(norm_weight)}")
     return run("int8_quantize", reference, x, norm_weight, eps)
-
-
-def divide(a: torch.Tensor, by: float) -> torch.Tensor:
-    return a / torch.full_like(a, by)  # by a number, torch would multiply by its reciprocal on CUDA
 
 
 def rms_norm(x, norm_weight, eps: float, dtype: torch.dtype | None) -> torch.Tensor:
