@@ -9,6 +9,7 @@
 | CUTLASS int8 (bare) | vLLM's `cutlass_scaled_mm` | FASTINFER_PEERS |
 | sdpa | torch's `scaled_dot_product_attention` on a cache in the dtype of q, one query a row (kv_attention) | – |
 | torch | the same in torch's operations, where no single one does it (int8_quantize, rms_norm) | – |
+| transformers | its logits processors, softmax and multinomial, as `generate` calls them (sample) | transformers |
 
 The bare ones get activations that are already int8, as int8_scaled_matmul does here; `_int_mm` has no scales.
 
@@ -95,6 +96,15 @@ def add_rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) 
     """rms_norm with a residual, in torch's operations."""
     s = x + residual
     return nn.functional.rms_norm(s, s.shape[-1:], weight, 1e-6), s
+
+
+def warp_and_draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """sample with transformers' own processors."""
+    from transformers import generation
+
+    steps = [generation.TemperatureLogitsWarper(temperature), generation.TopKLogitsWarper(top_k)]
+    scores = generation.LogitsProcessorList([*steps, generation.TopPLogitsWarper(top_p)])(None, logits.float())
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
 
 def tinygemm(p: Problem) -> Calls:

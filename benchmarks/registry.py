@@ -39,6 +39,7 @@ KV_SHAPES = {
     "cuda": [(1, 1024, 4096), (1, 8192, 4096), (1, 65536, 4096), (64, 2048, 4096), (16, 4096, 4096), (1, 1024, 1024)],
 }
 KV_ODD = [(3, 777, 4096), (2, 2049, 1024), (1, 1, 4096)]
+SAMPLE_SHAPES = [(m, v, 1) for v in (32000, 151936, 262144) for m in (1, 16)]
 PRESETS = ("default", "bars", "odd")
 GROUP = 128
 
@@ -61,10 +62,13 @@ class Case:
 def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int, int, int]]:
     """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
 
-    For an op of ROW_OPS N is K, each M and K once; for attention M is the batch, N the positions, K = H · D.
+    For an op of ROW_OPS N is K, each M and K once; for attention M is the batch, N the positions, K = H · D; sample has
+    rows and vocabularies, [M, N].
     """
     if op.startswith("kv_attention"):
         return KV_ODD if preset == "odd" else KV_SHAPES[device]
+    if op == "sample":
+        return SAMPLE_SHAPES
     if preset == "default":
         found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     else:
@@ -233,6 +237,28 @@ def _kv_attention(problem: Problem, int8: bool = False) -> Case:
     )
 
 
+def _sample(problem: Problem) -> Case:
+    """Temperature, top-k, top-p as chat models set them. Its peer is transformers' processors, softmax and multinomial."""
+    module = importlib.import_module("fastinfer.ops.sample")
+    m, v, device = problem.m, problem.n, problem.device
+    logits = [
+        (torch.randn(m, v, device=device) * 3).to(problem.dtype)
+        for _ in problem.copies(m * v * torch.finfo(problem.dtype).bits // 8)
+    ]
+    seed, offset = torch.tensor([1], device=device), torch.tensor([0], device=device)
+    settings = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    return Case(
+        calls=[partial(ops.sample, x, seed, offset, **settings) for x in logits],
+        exact=lambda: module.reference(logits[0], seed, offset, **settings).double(),
+        plain=lambda: module.reference(logits[0], seed, offset, **settings),
+        magnitude=lambda: 0.0,
+        peers={"transformers": [partial(peers.warp_and_draw, x, **settings) for x in logits]},
+        weight_bytes=0,
+        bytes=logits[0].nbytes + 8 * m,
+        operations=0,
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
@@ -242,4 +268,5 @@ OPS: dict[str, Callable[[Problem], Case]] = {
     "rms_norm": _rms_norm,
     "kv_attention": _kv_attention,
     "kv_attention int8": partial(_kv_attention, int8=True),
+    "sample": _sample,
 }

@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "kv_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
       "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? cos, Tensor? sin, Tensor? starts, float scale, int window, "
       "float softcap) -> Tensor");
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p, float min_p, "
+      "float repetition_penalty, Tensor? seen) -> Tensor");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

@@ -7,6 +7,7 @@ from fastinfer.ops.int8_scaled_matmul import int8_scaled_matmul
 from fastinfer.ops.kv_attention import kv_attention
 from fastinfer.ops.linear import linear
 from fastinfer.ops.rms_norm import rms_norm
+from fastinfer.ops.sample import sample
 
 __all__ = [
     "int4_matmul",
@@ -16,4 +17,5 @@ __all__ = [
     "kv_attention",
     "linear",
     "rms_norm",
+    "sample",
 ]

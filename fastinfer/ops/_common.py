@@ -88,6 +88,10 @@ def check_norm_weight(op: str, name: str, weight: torch.Tensor | None, x: torch.
         raise ValueError(f"{op}: {name} must be {list(x.shape[-1:])}, got {describe(weight)}")
 
 
+def divide(a: torch.Tensor, by: float) -> torch.Tensor:
+    return a / torch.full_like(a, by)  # by a number, torch would multiply by its reciprocal on CUDA
+
+
 def check_int8_scale(op: str, w: torch.Tensor, w_scale: torch.Tensor) -> None:
     if w_scale.dtype != torch.float32 or w_scale.shape != w.shape[:1]:
         raise ValueError(f"{op}: w_scale must be float32 [{w.shape[0]}], got {describe(w_scale)}")

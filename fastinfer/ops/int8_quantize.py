@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import check_float, check_norm_weight, register_fake, run
-from fastinfer.ops.rms_norm import divide, rms_factor
+from fastinfer.ops._common import check_float, check_norm_weight, divide, register_fake, run
+from fastinfer.ops.rms_norm import rms_factor
 
 
 def int8_quantize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import check_device, check_float, check_norm_weight, describe, register_fake, run
+from fastinfer.ops._common import check_device, check_float, check_norm_weight, describe, divide, register_fake, run
 
 
 def rms_norm(
@@ -44,10 +44,6 @@ def rms_norm(
     if residual.shape != x.shape:
         raise ValueError(f"rms_norm: residual must be {list(x.shape)}, as x, got {describe(residual)}")
     return run("rms_norm.residual", reference, x, weight, eps, residual, offset)
-
-
-def divide(a: torch.Tensor, by: float) -> torch.Tensor:
-    return a / torch.full_like(a, by)  # by a number, torch would multiply by its reciprocal on CUDA
 
 
 def rms_factor(x: torch.Tensor, eps: float, dtype: torch.dtype | None) -> torch.Tensor:
