@@ -250,12 +250,13 @@ def _sample(problem: Problem) -> Case:
     return Case(
         calls=[partial(ops.sample, x, seed, offset, **settings) for x in logits],
         exact=lambda: module.reference(logits[0], seed, offset, **settings).double(),
-        plain=lambda: module.reference(logits[0], seed, offset, **settings),
+        plain=lambda: module.reference(logits[0], seed, offset, **settings).double(),
         magnitude=lambda: 0.0,
         peers={"transformers": [partial(peers.warp_and_draw, x, **settings) for x in logits]},
         weight_bytes=0,
         bytes=logits[0].nbytes + 8 * m,
         operations=0,
+        result=torch.Tensor.double,
     )
 
 

@@ -3,8 +3,9 @@
 // Layout    rows at any distance, their elements side by side; `seen` in plain rows
 // Requires  AVX2, FMA, F16C; AVX-512 where there is one
 // Mapping   threads over rows; the scores of a row and their exponentials stay in the L2 or L3 between passes
-// Bound     passes over the row: 2 for greedy; 5 to draw; 3 more for each of top-k and top-p, which find their thresholds
-//           by digits of the scores' bits (11, 11, 10), without a sort
+// Bound     passes over the row: 2 for greedy, 5 to draw. top-k leaves few scores to the later passes: those not below the
+//           k-th highest of the maxima of 16. top-k and top-p find their thresholds by digits of the scores' bits (11, 11,
+//           10), a pass each, without a sort
 // Numerics  the tokens of the reference: fastinfer/ops/sample.py says how every number is rounded
 // Verified  tests/test_sample.py, tests/test_sample_steps.py
 

@@ -51,13 +51,27 @@ FI_NOINLINE void scores(const SampleJob& job, int64_t row, float* s) {
   }
 }
 
-// The order of the highest score; whether there is NaN.
-FI_NOINLINE int32_t highest_order(const float* s, int64_t v, bool& nan) {
+// The order of the highest score; the highest of each chunk; whether there is NaN.
+FI_NOINLINE int32_t highest_order(const float* s, int64_t v, float* of_chunk, bool& nan) {
   int32_t top = INT32_MIN, spoiled = 0;
-  for (int64_t i = 0; i < v; ++i) {
-    const int32_t order = order_of(s[i]);
-    top = order > top ? order : top;
-    spoiled |= order > kInfinityBits || order < (kInfinityBits ^ -1);
+  for (int64_t i = 0; i < v; i += kChunk) {
+    const int64_t count = v - i < kChunk ? v - i : kChunk;
+    int32_t highest = INT32_MIN;
+    if (count == kChunk) {
+      for (int j = 0; j < kChunk; ++j) {
+        const int32_t order = order_of(s[i + j]);
+        highest = order > highest ? order : highest;
+        spoiled |= order > kInfinityBits || order < ~kInfinityBits;
+      }
+    } else {
+      for (int j = 0; j < count; ++j) {
+        const int32_t order = order_of(s[i + j]);
+        highest = order > highest ? order : highest;
+        spoiled |= order > kInfinityBits || order < ~kInfinityBits;
+      }
+    }
+    of_chunk[i / kChunk] = from_order(highest);
+    top = highest > top ? highest : top;
   }
   nan = spoiled != 0;
   return top;
@@ -158,26 +172,48 @@ FI_NOINLINE int64_t draw(const float* e, int64_t v, uint32_t r) {
   return i;
 }
 
+// Moves the scores that may be among the k highest to the front, in order, and their indices with them. Returns how many
+// there are: all but few are lower than the k highest chunks' maxima, which are k scores themselves.
+FI_NOINLINE int64_t gather_highest(float* s, int64_t v, int64_t k, const float* of_chunk, int32_t* indices) {
+  const int64_t chunks = ceil_div(v, kChunk);
+  const int32_t floor = find_cut<false>(of_chunk, nullptr, chunks, INT32_MIN, k).order;
+  int64_t count = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (order_of(of_chunk[chunk]) < floor) continue;
+    const int64_t end = v < (chunk + 1) * kChunk ? v : (chunk + 1) * kChunk;
+    for (int64_t i = chunk * kChunk; i < end; ++i) {
+      if (order_of(s[i]) < floor) continue;
+      s[count] = s[i];
+      indices[count++] = static_cast<int32_t>(i);
+    }
+  }
+  return count;
+}
+
 inline int64_t first_nan(const float* s) {
   int64_t i = 0;
   while (!std::isnan(s[i])) ++i;
   return i;
 }
 
-// `s` holds the row's scores, `e` has room for as many.
-inline int64_t next_token(const SampleJob& job, int64_t row, const float* s, float* e) {
-  const int64_t v = job.v;
+// `s` holds the row's scores and is overwritten; `e` and `indices` have room for as many.
+inline int64_t next_token(const SampleJob& job, int64_t row, float* s, float* e, int32_t* indices) {
+  int64_t v = job.v;
   bool nan;
-  const int32_t highest = highest_order(s, v, nan);
+  const int32_t highest = highest_order(s, v, e, nan);
   if (nan) return first_nan(s);
   if (job.temperature == 0) {
-    int64_t i = 0;
+    int64_t chunk = 0;
+    while (order_of(e[chunk]) != highest) ++chunk;
+    int64_t i = chunk * kChunk;
     while (order_of(s[i]) != highest) ++i;
     return i;
   }
+  const bool cuts = job.top_k > 0 && job.top_k < v, gathers = cuts && job.top_k <= ceil_div(v, kChunk);
+  if (gathers) v = gather_highest(s, v, job.top_k, e, indices);
   exponentials(s, v, from_order(highest), e);
   int32_t floor = INT32_MIN;
-  if (job.top_k > 0 && job.top_k < v) {
+  if (cuts) {
     floor = find_cut<false>(s, e, v, floor, job.top_k).order;
     drop_below(s, v, floor, e);
   }
@@ -185,16 +221,18 @@ inline int64_t next_token(const SampleJob& job, int64_t row, const float* s, flo
   if (job.min_p > 0) {
     for (int64_t i = 0; i < v; ++i) e[i] = e[i] < job.min_p ? 0.0f : e[i];
   }
-  return draw(e, v, random_word(job.seed, job.offset, static_cast<uint64_t>(row)));
+  const int64_t at = draw(e, v, random_word(job.seed, job.offset, static_cast<uint64_t>(row)));
+  return gathers ? indices[at] : at;
 }
 
 inline void sample_rows(const SampleJob& job, int64_t row0, int64_t row1) {
   const int64_t padded = ceil_div(job.v, kChunk) * kChunk;
-  auto* s = reinterpret_cast<float*>(scratch(2 * padded * sizeof(float)));
+  auto* s = reinterpret_cast<float*>(scratch(3 * padded * sizeof(float)));
+  auto* indices = reinterpret_cast<int32_t*>(s + 2 * padded);
   for (int64_t row = row0; row < row1; ++row) {
     if (job.dtype == Dtype::kFloat) scores<Dtype::kFloat>(job, row, s);
     if (job.dtype == Dtype::kBFloat16) scores<Dtype::kBFloat16>(job, row, s);
     if (job.dtype == Dtype::kHalf) scores<Dtype::kHalf>(job, row, s);
-    job.tokens[row] = next_token(job, row, s, s + padded);
+    job.tokens[row] = next_token(job, row, s, s + padded, indices);
   }
 }
