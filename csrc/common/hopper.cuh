@@ -133,14 +133,6 @@ __device__ __forceinline__ uint32_t load_cluster4(uint32_t address) {
   asm volatile("ld.shared::cluster.u32 %0, [%1];\n" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
-__device__ __forceinline__ uint4 load_cluster16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 // 16 bytes to shared memory of the cluster; they count on the mbarrier, which lies in the same CTA.
 __device__ __forceinline__ void send16(uint32_t address, const uint4& v, uint32_t barrier) {
   asm volatile(

@@ -5,7 +5,8 @@
 // Mapping   up to 16 rows of 16-bit elements on 9.0: decode_matmul.cuh; else torch's linear (cuBLAS), then apply_epilogue where
 //           there is something for it
 // Bound     memory below M ≈ 300: 2·N·K bytes
-// Numerics  the result of torch's linear is of the dtype of x; what follows is fp32, cast once
+// Numerics  decode_matmul: fp32 to the end, cast once. The result of torch's linear is of the dtype of x; what follows is
+//           fp32, cast once
 // Verified  tests/test_linear.py
 
 #include "common/torch_linear.h"

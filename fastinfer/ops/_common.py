@@ -65,15 +65,14 @@ def check_float(op: str, name: str, t: torch.Tensor) -> None:
 
 def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
     """The kernels read `t` as plain memory on w's device."""
-    if t.device != w.device:
-        raise ValueError(f"{op}: {name} must be on {w.device}, as w, got {t.device}")
+    check_device(op, name, t, w, "w")
     if not t.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
 
 
-def check_device(op: str, name: str, t: torch.Tensor, x: torch.Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device}, as x, got {t.device}")
+def check_device(op: str, name: str, t: torch.Tensor, other: torch.Tensor, other_name: str = "x") -> None:
+    if t.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other.device}, as {other_name}, got {t.device}")
 
 
 def check_norm_weight(op: str, name: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
@@ -148,7 +147,7 @@ def run(op: str, reference: Callable, *args, triton: bool = True, **named):
     stem, _, overload = op.partition(".")
     device = args[0].device
     if device.type == "cuda" and op in _native.CPU_ONLY:
-        return reference(*args)
+        return reference(*args, **named)
     kind = _native.backend(device)
     if kind == "native":
         if args[0].is_cuda:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastinfer.ops._common import check_float, describe, register_fake, run
+from fastinfer.ops._common import check_device, check_float, describe, register_fake, run
 from fastinfer.ops.int8_quantize import reference as quantize
 
 NAME = "kv_attention"
@@ -79,17 +79,12 @@ def kv_attention(
     )
 
 
-def _check_beside(q: torch.Tensor, name: str, t: torch.Tensor) -> None:
-    if t.device != q.device:
-        raise ValueError(f"{NAME}: {name} must be on {q.device}, as q, got {t.device}")
-
-
 def _check_new(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     check_float(NAME, "q", q)
     if q.dim() != 4 or q.shape[3] % 8 or not 0 < q.shape[3] <= MAX_HEAD:
         raise ValueError(f"{NAME}: q must be [B, T, H, D] with D a multiple of 8 up to {MAX_HEAD}, got {describe(q)}")
     for name, t in (("k", k), ("v", v)):
-        _check_beside(q, name, t)
+        check_device(NAME, name, t, q, "q")
         if t.dtype != q.dtype:
             raise TypeError(f"{NAME}: {name} must have the dtype of q, {q.dtype}, got {describe(t)}")
         if t.dim() != 4 or t.shape[:2] != q.shape[:2] or t.shape[3] != q.shape[3]:
@@ -110,7 +105,7 @@ def _check_cache(q, k, k_cache, v_cache, k_scale, v_scale) -> None:
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"{NAME}: v_cache must have the dtype of k_cache, got {describe(v_cache)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_beside(q, name, cache)
+        check_device(NAME, name, cache, q, "q")
         if cache.dim() != 4 or cache.shape != (b, g, k_cache.shape[2], d) or cache.shape[2] < t:
             raise ValueError(f"{NAME}: {name} must be [{b}, {g}, L, {d}] with L ≥ T = {t}, got {describe(cache)}")
         if not cache.is_contiguous():
@@ -120,7 +115,7 @@ def _check_cache(q, k, k_cache, v_cache, k_scale, v_scale) -> None:
             raise ValueError(f"{NAME}: {name} must be given with an int8 cache, and only then")
         if scales is None:
             continue
-        _check_beside(q, name, scales)
+        check_device(NAME, name, scales, q, "q")
         if scales.dtype != torch.float32 or scales.shape != k_cache.shape[:3] or not scales.is_contiguous():
             raise ValueError(
                 f"{NAME}: {name} must be float32 {list(k_cache.shape[:3])}, contiguous, got {describe(scales)}"
@@ -132,7 +127,7 @@ def _check_rows(q: torch.Tensor, positions: int, lengths: torch.Tensor, starts: 
     for name, rows in (("lengths", lengths), ("starts", starts)):
         if rows is None:
             continue
-        _check_beside(q, name, rows)
+        check_device(NAME, name, rows, q, "q")
         if rows.dtype != torch.int32:
             raise TypeError(f"{NAME}: {name} must be int32, got {describe(rows)}")
         if rows.shape != (b,) or not rows.is_contiguous():
@@ -149,7 +144,7 @@ def _check_rotation(q: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor
     for name, t in (("cos", cos), ("sin", sin)):
         if t is None:
             raise ValueError(f"{NAME}: {name} must be given beside the other of cos and sin")
-        _check_beside(q, name, t)
+        check_device(NAME, name, t, q, "q")
         if t.dtype not in (q.dtype, torch.float32) or (cos is not None and t.dtype != cos.dtype):
             raise TypeError(f"{NAME}: {name} must be {q.dtype} or float32, cos and sin alike, got {describe(t)}")
         if t.dim() != 3 or t.shape[0] not in (1, q.shape[0]) or t.shape[1] != q.shape[1] or t.stride(2) != 1:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastinfer.ops._common import check_float, describe, divide, register_fake, run
+from fastinfer.ops._common import check_device, check_float, describe, divide, register_fake, run
 
 MAX_VOCABULARY = 1 << 20  # so that the sum of all weights stays below 2^60
 WEIGHT_ONE = float(1 << 40)  # the weight of the likeliest token
@@ -72,8 +72,7 @@ def check_tensors(logits, seed, offset, seen) -> None:
             raise TypeError(f"sample: {name} must be int64, got {describe(t)}")
         if t.numel() != 1:
             raise ValueError(f"sample: {name} must have one element, got {describe(t)}")
-        if t.device != logits.device:
-            raise ValueError(f"sample: {name} must be on {logits.device}, as logits, got {t.device}")
+        check_device("sample", name, t, logits, "logits")
     if seen is None:
         return
     if seen.dtype != torch.bool:
