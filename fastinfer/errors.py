@@ -11,3 +11,7 @@ class GroupSizeError(PatchError):
 
 class RecipeError(ValueError):
     """A recipe, or an argument that stands for one, that is malformed or matches nothing."""
+
+
+class Unfusable(ValueError):
+    """A model whose decode step cannot be fused; the message says what the step does not know."""

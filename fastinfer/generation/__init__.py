@@ -1,0 +1,1 @@
+"""Decoding: the cache, the fused step, and the loop that runs them."""
