@@ -1,1 +1,1 @@
-"""Decoding: the cache, the fused step, and the loop that runs them."""
+"""Decoding: the cache, the step of one token, and the loop around it."""

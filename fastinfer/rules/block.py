@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastinfer.errors import Unfusable
@@ -61,13 +60,16 @@ def read_layer(module: nn.Module, path: str, index: int, config: Any, rotations:
     part = Part(module, path, ("residual_multiplier",))
     if getattr(module, "do_layer_norm_before", True) is False:
         raise Unfusable(f"{path} norms behind its sums")
-    attention = _read_attention(part.need("attention", *ATTENTION), path, index, config, rotations)
-    inner = part.take(*FEEDFORWARD)
-    feedforward_part = part if inner is None else Part(inner, f"{path}.mlp")
-    feedforward = _read_feedforward(feedforward_part)
+    attending = part.part(ATTENTION_FLOATS, *ATTENTION)
+    if attending is None:
+        raise Unfusable(f"{path} has no attention that the fused step knows")
+    attention = _read_attention(attending, index, config, rotations)
+    inner = part.part((), *FEEDFORWARD)
+    feedforward = _read_feedforward(inner or part)
     norms, parallel = _wire(part, config)
-    for one in {id(part): part, id(feedforward_part): feedforward_part}.values():
-        one.done()
+    for read in (attending, inner, part):
+        if read is not None:
+            read.done()
     multiplier = float(getattr(module, "residual_multiplier", 1.0))
     return Layer(attention, feedforward, *norms, parallel=parallel, multiplier=multiplier)
 
@@ -117,9 +119,8 @@ def float_columns(linear: Any) -> int:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def _read_attention(module: nn.Module, path: str, index: int, config: Any, rotations: list[str]) -> Attention:
-    path = f"{path}.{next((k for k in ATTENTION if k in path), 'self_attn')}"
-    part = Part(module, path, ATTENTION_FLOATS)
+def _read_attention(part: Part, index: int, config: Any, rotations: list[str]) -> Attention:
+    module, path = part.module, part.path
     for owner in (config, module):
         for name, why in NOT_FUSED.items():
             if getattr(owner, name, None):
@@ -135,7 +136,6 @@ def _read_attention(module: nn.Module, path: str, index: int, config: Any, rotat
     attention.window = _window(module, path, kind, config)
     attention.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
     attention.rotation = _rotation(module, kind, rotations)
-    part.done()
     return attention
 
 

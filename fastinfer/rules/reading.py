@@ -45,6 +45,12 @@ class Part:
             raise Unfusable(f"{self.path} has no {what} that the fused step knows")
         return child
 
+    def part(self, floats: tuple[str, ...], *names: str) -> Part | None:
+        """The first child that has one of these names, to be read in turn."""
+        child = self.take(*names)
+        name = next((name for name in names if self.module._modules.get(name) is child), "")
+        return None if child is None else Part(child, f"{self.path}.{name}", floats)
+
     def linear(self, *names: str) -> nn.Module | None:
         """A child that is a linear."""
         child = self.take(*names)
