@@ -87,21 +87,16 @@ class Linears:
         self.kept: KeptSiblings | None = None
         self.settle()
 
-    def merge_kept(self) -> None:
+    def merge_kept(self) -> KeptSiblings | None:
         """Merges float linears (several, or a Conv1D) into one buffer, where they can be."""
         kept = KeptSiblings(self.linears)
-        quantized = any(isinstance(linear, QuantizedLinear) for linear in self.linears)
-        if not quantized and kept.why_apart() is None:
-            kept.join()
-            self.kept = kept
+        alone = len(self.linears) == 1 and float_weight(self.linears[0]).is_contiguous()
+        if alone or any(isinstance(linear, QuantizedLinear) for linear in self.linears) or kept.why_apart():
+            return None
+        kept.join()
+        self.kept = kept
         self.settle()
-
-    def part(self) -> None:
-        """Undoes `merge_kept`."""
-        if self.kept is not None:
-            self.kept.part()
-            self.kept = None
-            self.settle()
+        return kept
 
     def settle(self) -> None:
         """Finds out which linears are merged as things are; after whatever may have changed that."""

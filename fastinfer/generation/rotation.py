@@ -33,7 +33,7 @@ class Rotation:
             self._widths += [cos.shape[-1]] * 2
             first, second = cos.chunk(2, -1)
             if not torch.equal(first, second):
-                raise Unfusable("it rotates interleaved pairs, where the fused step rotates halves")
+                raise Unfusable("its angles are not those of a rotation of halves: of interleaved pairs, perhaps")
 
     def _angles(self, positions: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.module.buffers()).device

@@ -45,6 +45,7 @@ WIRINGS: dict[tuple[str, ...], tuple[tuple[int | None, int | None, int | None, i
 ATTENTION_FLOATS = ("scaling", "attn_logit_softcapping", "inv_norm_factor", "beta", "rope_theta")
 NOT_FUSED = {
     "clip_qkv": "clips queries, keys and values",
+    "new_decoder_architecture": "repeats its keys and values in the cache",
     "attention_chunk_size": "attends in chunks",
     "attn_temperature_tuning": "scales queries by their position",
     "alibi": "biases scores by distance (ALiBi)",

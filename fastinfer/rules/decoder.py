@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from fastinfer.errors import Unfusable
 from fastinfer.generation.parts import Layer, Linears, Norm
@@ -66,13 +67,17 @@ class Decoder:
         return [one for layer in self.layers for one in layer.linears()] + ends
 
 
+def generates(module: nn.Module) -> bool:
+    """Whether `generate` can be called on a module."""
+    return isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin) and module.can_generate()
+
+
 def read(model: Any) -> Decoder:
     """The parts of a causal language model. Raises Unfusable where it has anything that the step does not know."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise Unfusable("an encoder–decoder model: its decoder also attends to an encoder's output")
     path, name = _stack(model)
-    head = _descend(model, path)
     trunk = Part(model.get_submodule(path), path or "the model", ("embedding_multiplier", "embed_scale"))
     config = getattr(trunk.module, "config", config)
     embedding, factor = _read_embedding(trunk)
@@ -86,6 +91,7 @@ def read(model: Any) -> Decoder:
     norm = trunk.take(*NORMS)
     ends = [trunk.linear(end) for end in ("project_in", "project_out")]
     trunk.done()
+    head = _descend(model, path)
     decoder = Decoder(
         embedding,
         factor,
