@@ -21,6 +21,8 @@ _PUBLIC = {
     "Report": "fastinfer.reports",
     "Int8Linear": "fastinfer.modules",
     "Int4Linear": "fastinfer.modules",
+    "KVCache": "fastinfer.generation.cache",
+    "CacheError": "fastinfer.errors",
     "PatchError": "fastinfer.errors",
     "GroupSizeError": "fastinfer.errors",
     "RecipeError": "fastinfer.errors",
@@ -29,7 +31,8 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 if TYPE_CHECKING:
-    from fastinfer.errors import GroupSizeError, PatchError, RecipeError
+    from fastinfer.errors import CacheError, GroupSizeError, PatchError, RecipeError
+    from fastinfer.generation.cache import KVCache
     from fastinfer.modules import Int4Linear, Int8Linear, StateDictError
     from fastinfer.patching import patch, report, unpatch
     from fastinfer.recipe import Recipe, Spec

@@ -11,3 +11,7 @@ class GroupSizeError(PatchError):
 
 class RecipeError(ValueError):
     """A recipe, or an argument that stands for one, that is malformed or matches nothing."""
+
+
+class CacheError(ValueError):
+    """A use of a KVCache that does not fit its contents or that it does not support; the cache is as it was."""
