@@ -8,19 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
-from transformers.generation.utils import GenerationMixin
 
 from fastinfer.generation.engine import Engine
 from fastinfer.generation.loop import Request
 from fastinfer.generation.support import call_refusal
-
-
-def engines_of(model: nn.Module, kind: str) -> list[Engine]:
-    """One for each model inside that generates text token by token."""
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, GenerationMixin) and m.can_generate()]
-    return [Engine(module, kind, path) for path, module in found]
 
 
 def generate(self: Any, engine: Engine, *args, **kwargs) -> Any:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable
 import torch
 
 from fastinfer.generation.cache import KVCache
-from fastinfer.generation.cache_layer import BUFFERS
 from fastinfer.generation.graphs import Recorder, Step, Work
 from fastinfer.generation.mail import Mail
 from fastinfer.generation.sampling import Settings
 
+BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 STEPS = 8  # captured steps that a session keeps: one for each set of sampling settings, say
 SMALLEST = 256
 

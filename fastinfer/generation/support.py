@@ -99,9 +99,21 @@ def mask_refusal(request: Request) -> str:
     return "the attention mask has holes, or padding on the right" if broken.item() else ""
 
 
-def cache_refusal(request: Request) -> str:
-    """A cache of the user's is served if it is a KVCache; the one that transformers made gives way to one."""
+def positions_of(request: Request) -> int:
+    """How many positions its cache needs room for, at most."""
+    cache, prompt = request.kwargs.get(CACHE_NAME), request.input_ids.shape[1]
+    past = cache.filled if isinstance(cache, KVCache) else 0
+    return past + max(prompt + 1, request.criteria.max_length)
+
+
+def cache_refusal(request: Request, limit: int | None) -> str:
+    """A cache of the user's is served if it is a KVCache; the one that transformers made gives way to one.
+
+    limit: positions that the model has embeddings for
+    """
     cache = request.kwargs.get(CACHE_NAME)
+    if limit is not None and positions_of(request) > limit + 1:
+        return f"max_length is beyond the {limit} positions that the model has embeddings for"
     if isinstance(cache, KVCache):
         return ""
     if type(cache) is not DynamicCache:
