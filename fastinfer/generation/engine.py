@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +19,18 @@ from fastinfer.generation.mail import Mail, PinnedMail
 from fastinfer.generation.session import Session, bucket
 from fastinfer.generation.support import cache_refusal, positions_of, refusal
 
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """How a kind of device hands tokens to the host, and what captures its steps."""
+
+    mail: type[Mail] = Mail
+    recorder: Callable[[torch.device], Recorder | None] = lambda device: None
+    guard: Callable[[torch.device], AbstractContextManager] = contextlib.nullcontext
+
+
+BACKENDS = {"cuda": Backend(PinnedMail, CUDAGraphs, torch.cuda.device)}
 SESSIONS = 4  # numbers of rows whose buffers stay
 
 
@@ -67,6 +82,7 @@ class Engine:
     def _run(self, request: Request) -> Any:
         if self.step.epoch != self.epoch:  # weights have moved: what was captured reads them where they were
             self.sessions.clear()
+            self.recorder = None
             self.epoch = self.step.epoch
         given = request.kwargs.get(CACHE_NAME)
         theirs = given if isinstance(given, KVCache) else None
@@ -75,8 +91,9 @@ class Engine:
         rows = len(request.input_ids)
         positions = positions_of(request)
         key = (rows, self.kind if theirs is None else theirs.kind)
-        session = self._session(key, positions)
-        with self._device():
+        device = self.model.device
+        with _backend(device).guard(device):
+            session = self._session(key, positions)
             result = Loop(request, self.step, session).run(theirs)
         # only now: a session that an exception went through may be half done
         self.sessions[key] = session
@@ -91,11 +108,12 @@ class Engine:
             return found
         rows, kind = key
         device = self.model.device
-        if self.recorder is None and device.type == "cuda":
-            self.recorder = CUDAGraphs(device)
+        backend = _backend(device)
+        if self.recorder is None:
+            self.recorder = backend.recorder(device)
         cache = KVCache(self.model.config, kind=kind, capacity=bucket(positions))
-        return Session(cache, rows, device, PinnedMail if device.type == "cuda" else Mail, self.recorder)
+        return Session(cache, rows, device, backend.mail, self.recorder)
 
-    def _device(self) -> contextlib.AbstractContextManager:
-        device = self.model.device
-        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+def _backend(device: torch.device) -> Backend:
+    return BACKENDS.get(device.type, Backend())
