@@ -15,18 +15,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastinfer.errors import PatchError
+from fastinfer.errors import PatchError, Unfusable
+from fastinfer.generation.step import DecodeStep
 from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks
 from fastinfer.modules.siblings import Siblings
 from fastinfer.originals import Checkpoint, Held, InCheckpoint
-from fastinfer.planning import Merge, Plan, Planner, Task, check_patchable, slots_of
+from fastinfer.planning import RECORD, Merge, Plan, Planner, Task, check_patchable, slots_of
 from fastinfer.recipe import Recipe
 from fastinfer.reports import Report
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
 from fastinfer.rules import merging
 
-RECORD = "_fastinfer"
 LONG_WORK = 1 << 26  # weights to quantise from which on a progress bar is worth showing
 _lock = threading.RLock()
 
@@ -61,6 +61,9 @@ def patch(
     Raises:  PatchError (GroupSizeError), RecipeError, TypeError; the model is then unchanged
 
     An embedding whose weight is tied to a replaced head shares the head's int8 weight. Only this instance changes.
+
+    What generates gets a fused decode step where its structure is known and the step proves equal to its forward, also with
+    weights="keep"; float linears that take one input then share a buffer, of which their Parameters are slices.
     """
     inner = _unwrap(model)
     recipe = Recipe.of(weights, group_size=group_size, method=method, activations=activations)
@@ -169,6 +172,7 @@ class _Record:
     taken: list[_TakenWeight] = dataclasses.field(default_factory=list)
     overridden: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     merged: list[tuple[Merge, Siblings]] = dataclasses.field(default_factory=list)
+    step: DecodeStep | None = None
 
     def note_idle(self) -> None:
         """Brings the report up to date with blocks that turned out to call their linears on different inputs."""
@@ -194,6 +198,8 @@ class _Record:
             if weight.new.weight.is_meta:
                 raise PatchError("the patched model is on the meta device: move it back first")
         tensors = [weight.original.load() for weight in self.taken]
+        if self.step is not None:
+            self.step.release()
         for merge, siblings in self.merged:
             blocks.uninstall(merge.block)
             siblings.release_biases()
@@ -248,6 +254,7 @@ def _carry_out(model: nn.Module, plan: Plan, reversible: bool) -> None:
             except ValueError as error:
                 raise PatchError(f"{task.paths[0]}: {error}") from error
         report.merged = [merge.row() for merge in plan.merges if _merge(merge, record)]
+        _fuse_step(plan, record)
         _override_methods(model, record)
         _sum_up(record, checkpoint)
         report.seconds = time.perf_counter() - started
@@ -288,6 +295,28 @@ def _merge(merge: Merge, record: _Record) -> bool:
         return False
     blocks.install(merge.block, siblings, merge.found.down)
     return True
+
+
+def _fuse_step(plan: Plan, record: _Record) -> None:
+    """Reads the decode step of the model as it is now and proves it; where that fails, the report says why."""
+    if plan.generating is None:
+        return
+    reason: str | None
+    try:
+        record.step = DecodeStep.of(plan.generating)
+        if plan.merge_kept:
+            record.step.merge()
+        reason = record.step.prove()
+    except Unfusable as error:
+        reason = str(error)
+    if reason is None:
+        return
+    if record.step is not None:
+        record.step.release()
+        record.step = None
+    record.report.decode_step = f"not fused: {reason}"
+    if not plan.tasks:
+        raise PatchError(f"nothing is replaced in this model, and its decode step is not fused: {reason}")
 
 
 def _sum_up(record: _Record, checkpoint: Checkpoint | None) -> None:
@@ -348,7 +377,7 @@ def _override_methods(model: nn.Module, record: _Record) -> None:
     from transformers import PreTrainedModel
 
     overrides = [(model, "load_state_dict", _load_state_dict)]
-    for module in model.modules():
+    for module in model.modules() if record.swaps else ():
         if isinstance(module, PreTrainedModel):
             overrides += [(module, name, method) for name, method in REFUSING.items()]
     for module, name, method in overrides:

@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from fastinfer import _native
-from fastinfer.errors import GroupSizeError, PatchError, RecipeError
+from fastinfer.errors import GroupSizeError, PatchError, RecipeError, Unfusable
+from fastinfer.generation.step import DecodeStep
 from fastinfer.modules import QuantizedLinear, QuantizedModule
 from fastinfer.recipe import Recipe, Spec
 from fastinfer.reports import Merged, Replaced, Report, Skipped
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
+from fastinfer.rules import decoder as step_rule
 from fastinfer.rules import merging
+
+
+RECORD = "_fastinfer"
+"""The attribute of a patched model that holds what was done to it."""
 
 
 @dataclasses.dataclass
@@ -60,6 +66,9 @@ class Plan:
     tasks: list[Task]
     report: Report
     merges: list[Merge] = dataclasses.field(default_factory=list)
+    generating: nn.Module | None = None
+    """The model whose decode step may be fused: what `generate` is called on."""
+    merge_kept: bool = False
 
 
 def slots_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -78,7 +87,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def check_patchable(model: nn.Module) -> None:
-    if any(isinstance(m, QuantizedModule) for m in model.modules()):
+    if RECORD in vars(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PatchError("this model is patched already: unpatch it first, or patch once with a Recipe")
     if linear_rule.looks_linear(model):
         raise PatchError("a linear cannot be replaced in place: patch the module that holds it")
@@ -125,6 +134,7 @@ class Planner:
         if unmatched:
             raise RecipeError(f"pattern {unmatched[0]!r} matches no linear that an earlier pattern has not taken")
         self._find_merges()
+        self._find_step()
         self._fill_report(seen)
         self._check()
         return self.plan
@@ -210,6 +220,19 @@ class Planner:
                 self.plan.merges.append(Merge(path, block, kept))
         self.plan.report.merged = [merge.row() for merge in self.plan.merges]
 
+    def _find_step(self) -> None:
+        """Whether one token's forward can be fused, by the structure of what generates; the proof comes with the patch."""
+        plan = self.plan
+        plan.generating = next((m for m in self.paths if step_rule.generates(m)), None)
+        if plan.generating is None:
+            return
+        device = next((p.device for p in plan.generating.parameters()), torch.device("cpu"))
+        plan.merge_kept = merging.pays(device) if self.merge is None else self.merge
+        try:
+            plan.report.decode_step = f"fused, {len(DecodeStep.of(plan.generating))} layers"
+        except Unfusable as error:
+            plan.report.decode_step = f"not fused: {error}"
+
     def _fill_report(self, seen: set[nn.Module]) -> None:
         """What is replaced, what stays beside linears, and the totals."""
         report = self.plan.report
@@ -239,12 +262,13 @@ class Planner:
                 raise PatchError(f"strict: {first.path} stays ({first.reason}); {len(unexpected)} such in all")
             if "reference" in report.backend:
                 raise PatchError("strict: no fast kernels for this device; `fastinfer doctor` says why")
-        if not self.plan.tasks:
+        if not self.plan.tasks and not report.step_fused:
             linears = [s for s in report.skipped if s.path in {p for m in self.paths for p in self.paths[m]}]
             first_reason = (
                 f"its first linear, {linears[0].path}: {linears[0].reason}" if linears else "it has no linear"
             )
-            raise PatchError(f"{self.recipe!r} replaces nothing in this model: {first_reason}")
+            step = f"; its decode step is {report.decode_step}" if report.decode_step else ""
+            raise PatchError(f"{self.recipe!r} replaces nothing in this model: {first_reason}{step}")
 
 
 def _dim(parameter: nn.Parameter) -> int:

@@ -52,6 +52,8 @@ class Report:
     merged: list[Merged] = dataclasses.field(default_factory=list)
     apart: list[Merged] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    decode_step: str = ""
+    """"fused, N layers", or why the forward of one token stays the model's own; empty where nothing is generated."""
     backend: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
@@ -60,6 +62,10 @@ class Report:
     reversible: bool = True
     dry_run: bool = True
     seconds: float = 0.0
+
+    @property
+    def step_fused(self) -> bool:
+        return self.decode_step.startswith("fused")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -78,7 +84,9 @@ class Report:
         )
         if self.dry_run:
             originals = "dry run: nothing was changed"
-        lines = [head, originals, *(f"note: {note}" for note in self.notes), ""]
+        notes = [f"note: {note}" for note in self.notes]
+        notes += [f"decode step: {self.decode_step}"] if self.decode_step else []
+        lines = [head, originals, *notes, ""]
         lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
         for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):
             before, after = sum(r.bytes_before for r in rows) * mb, sum(r.bytes_after for r in rows) * mb

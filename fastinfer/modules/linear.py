@@ -56,7 +56,13 @@ class QuantizedLinear(Sibling, nn.Linear):
         self._init_quantized(weight, layout, like)
         self.register_parameter("bias", bias)
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+    def matmul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The op on this module's weight, without gradients; an activation takes the weight as a merged gate and up."""
         raise NotImplementedError
 
@@ -146,10 +152,10 @@ class Int8Linear(QuantizedLinear):
     def kind(self) -> str:
         return "w8a16" if self.activations == "keep" else "w8a8"
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+    def matmul(self, x, bias, activation="none", residual=None) -> torch.Tensor:
         op = ops.int8_matmul if self.activations == "keep" else ops.int8_scaled_matmul
         w, w_scale, layout = self._operands()
-        return op(x, w, w_scale, self._bias_for(x, bias), activation=activation, layout=layout)
+        return op(x, w, w_scale, self._bias_for(x, bias), residual, activation, layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         w, w_scale, layout = self._operands()
@@ -203,9 +209,9 @@ class Int4Linear(QuantizedLinear):
     def group_size(self) -> int:
         return self.in_features // self.weight_scale.shape[1]
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+    def matmul(self, x, bias, activation="none", residual=None) -> torch.Tensor:
         w, w_scale, w_zero, layout = self._operands()
-        return ops.int4_matmul(x, w, w_scale, w_zero, self._bias_for(x, bias), activation=activation, layout=layout)
+        return ops.int4_matmul(x, w, w_scale, w_zero, self._bias_for(x, bias), residual, activation, layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         w, w_scale, w_zero, layout = self._operands()

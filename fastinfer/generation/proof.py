@@ -1,0 +1,139 @@
+"""Proof of a decode step: it runs against the model's own forward, on one cache, and must give the same logits.
+
+Structure can lie (a rotation of other pairs, a gate that a name does not tell), so that no step is used unproven. How far
+two right computations may be apart is measured on the model itself: its forward with and without a cache, which differ in
+rounding alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastinfer.generation.cache import KVCache
+
+if TYPE_CHECKING:
+    from fastinfer.generation.step import DecodeStep
+
+PROMPT = 12
+STEPS = (1, 1, 3)
+PADDING = (0, 5)
+NOISE = 4.0
+FLOOR = 64.0
+"""A step may differ by so many times the model's own noise, or units of its dtype's rounding, whichever is more."""
+
+
+def prove(step: DecodeStep) -> str | None:
+    """Why the step is not the model's forward, or None."""
+    model = step.model
+    with torch.no_grad(), _quiet(model):
+        reason = step.watch.changed()
+        if reason is not None:
+            return reason
+        try:
+            return _padded(step) or _windows(step)
+        except Exception as error:  # whatever it is, the model works without the step
+            return f"it cannot be tried: {type(error).__name__}: {error}"
+
+
+def _padded(step: DecodeStep) -> str | None:
+    """A padded batch: prefill by the model, then steps of one token and of several; no padding, the first row alone."""
+    model, total = step.model, PROMPT + sum(STEPS)
+    ids = _random_ids(model, len(PADDING), total)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(PADDING):
+        mask[row, :padding] = 0
+    plain = _forward(model, ids, mask)
+    for rows in (slice(None), slice(0, 1)):
+        cache = KVCache()
+        cache.set_padding(mask[rows, :PROMPT])
+        _forward(model, ids[rows, :PROMPT], mask[rows, :PROMPT], cache)
+        at = PROMPT
+        for count in STEPS:
+            new, seen = ids[rows, at : at + count], mask[rows, : at + count]
+            got = _step(step, new, cache)
+            want = _forward(model, new, seen, cache)  # over what the step has written
+            noise = _error(plain[rows, at : at + count], want)
+            reason = _compare(got, want, noise, f"{count} new beside {at} tokens" + (", padded" if len(new) > 1 else ""))
+            if reason is not None:
+                return reason
+            at += count
+    return None
+
+
+def _windows(step: DecodeStep) -> str | None:
+    """Past each sliding window, in a cache of random keys and values, which is cheaper than a long prompt."""
+    model = step.model
+    windows = sorted({layer.attention.window for layer in step.decoder.layers} - {0})
+    for window in windows:
+        filled = window + 2
+        cache, ids = KVCache(capacity=filled + 2), _random_ids(model, 1, 4)
+        _forward(model, ids[:, :2], torch.ones_like(ids[:, :2]), cache)
+        generator = torch.Generator(ids.device).manual_seed(1)
+        for layer in cache.layers:
+            for buffer in (layer.k_cache, layer.v_cache):
+                buffer[:, :, :filled] = torch.randn(
+                    buffer[:, :, :filled].shape, generator=generator, device=buffer.device, dtype=buffer.dtype
+                )
+        cache.advance(filled - 2)
+        cache.set_lengths()
+        got = _step(step, ids[:, 2:], cache)
+        want = _forward(model, ids[:, 2:], ids.new_ones(1, filled + 2), cache)
+        reason = _compare(got, want, 0.0, f"past a window of {window}")
+        if reason is not None:
+            return reason
+    return None
+
+
+def _step(step: DecodeStep, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    cache.reserve(cache.filled + ids.shape[1])
+    return step(ids, cache)
+
+
+def _compare(got: torch.Tensor, want: torch.Tensor, noise: float, where: str) -> str | None:
+    error = _error(got, want)
+    if error <= max(NOISE * noise, FLOOR * torch.finfo(want.dtype).eps):
+        return None
+    return f"logits differ from the model's own by {error:.1e} ({where})"
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest distance of a token's logits, relative to theirs."""
+    distance = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1).clamp_min(1e-30)
+    return distance.max().item()
+
+
+def _random_ids(model: Any, rows: int, length: int) -> torch.Tensor:
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, embedding.num_embeddings, (rows, length), generator=generator)
+    return ids.to(embedding.weight.device)
+
+
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    """The model's own logits of ids, the last ones under mask [B, positions]."""
+    known = inspect.signature(type(model).forward).parameters
+    at = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    given: dict[str, Any] = {"position_ids": at} if "position_ids" in known else {}
+    given["cache" if "cache" in known else "past_key_values"] = cache
+    return model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **given).logits
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without autocast."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device.type
+    try:
+        for module in training:
+            module.training = False
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,166 @@
+"""DecodeStep: a causal language model's forward for a few tokens on a KVCache, in as few kernels as its parts allow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastinfer.errors import Unfusable
+from fastinfer.generation import proof
+from fastinfer.generation.parts import Context, multiply
+from fastinfer.generation.watch import Watch
+from fastinfer.modules import Int8Embedding
+from fastinfer.modules.kept import KeptSiblings
+from fastinfer.rules import decoder as rule
+
+if TYPE_CHECKING:
+    from fastinfer.generation.cache import KVCache
+
+MOST_TOKENS = 16
+
+
+class DecodeStep:
+    """Runs 1 … 16 new tokens of each row through a model, its own modules' weights and nothing of their forwards.
+
+    A step allocates and launches the same for every call of one shape, reads nothing back from the device, and so can be
+    captured in a CUDA graph (after one call outside of it, which makes the tables of angles).
+
+    Attributes:
+        decoder: the parts, as read from the model
+        epoch:   counts up whenever weights were found in another place in memory: what was captured before is void
+        limit:   positions that the model has embeddings for, None where they are computed
+
+    >>> step = DecodeStep.of(model)
+    >>> logits = step(ids, cache); cache.lengths += ids.shape[1]; cache.advance(ids.shape[1])
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self.epoch = 0
+        self._kept: list[KeptSiblings] | None = None
+        self._read()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DecodeStep:
+        """The step of a model, found by its structure; nothing is changed. Raises Unfusable with the reason."""
+        return cls(model)
+
+    def _read(self) -> None:
+        self.decoder = rule.read(self.model)
+        if self._kept is not None:
+            self.merge()
+        self.watch = Watch(self.model)
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle holds the model, and reads it again when it is complete."""
+        return {"model": self.model, "epoch": self.epoch, "_kept": self._kept}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("decoder", "watch") and "model" in vars(self):
+            self._read()
+            return vars(self)[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def limit(self) -> int | None:
+        return None if self.decoder.positions is None else self.decoder.positions.count
+
+    def __len__(self) -> int:
+        """How many layers it has."""
+        return len(self.decoder.layers)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Brings float linears that take one input into one buffer, their Parameters slices of it (`KeptSiblings`)."""
+        merged = [kept for linears in self.decoder.linears() if (kept := linears.merge_kept()) is not None]
+        known = {id(linear) for kept in merged for linear in kept.linears}
+        self._kept = merged + [kept for kept in self._kept or [] if id(kept.linears[0]) not in known]
+        self.watch = Watch(self.model)
+
+    def release(self) -> None:
+        """Undoes `merge`: every Parameter gets memory of its own. The step is not to be used any more."""
+        for kept in self._kept or []:
+            kept.part()
+        self._kept = None
+
+    def stale(self) -> str | None:
+        """Why the step does not stand for the model as it is now, or None. Follows weights that were moved or loaded."""
+        reason = self.watch.changed()
+        if reason is None and torch.is_autocast_enabled(self.decoder.embedding.weight.device.type):
+            reason = "autocast is on"
+        if reason is not None or not self.watch.moved():
+            return reason
+        try:
+            self._read()
+        except Unfusable as error:
+            return str(error)
+        self.epoch += 1
+        return None
+
+    def prove(self) -> str | None:
+        """How the step differs from the model's own forward, or None: prefill, cached steps, padding, windows."""
+        return proof.prove(self)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits of new tokens, whose keys and values go into the cache at its lengths; the lengths stay.
+
+        Args:
+            ids:   [B, T] int64, T from 1 to 16
+            cache: holds B rows, with room for T more positions in each
+        Returns: [B, T, V] in the model's dtype
+        Raises:  ValueError for ids that do not fit
+        """
+        if ids.dim() != 2 or not 0 < ids.shape[1] <= MOST_TOKENS or cache.lengths is None:
+            raise ValueError(
+                f"ids must be [B, 1 … {MOST_TOKENS}] beside a cache with content, got {list(ids.shape)} and {cache!r}"
+            )
+        decoder, at = self.decoder, _positions(ids, cache)
+        x = self._embed(ids, at)
+        rotations = {} if decoder.rotation is None else decoder.rotation.rows(at, cache.capacity)
+        context = Context(cache, rotations)
+        for layer in decoder.layers:
+            x = layer(x, context)
+        if decoder.norm is not None:
+            x = decoder.norm(x)
+        if decoder.project_out is not None:
+            x = decoder.project_out(x)
+        return self._logits(x)
+
+    def _embed(self, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        decoder, embedding = self.decoder, self.decoder.embedding
+        if isinstance(embedding, Int8Embedding):
+            x = type(embedding).forward(embedding, ids)
+        else:
+            x = nn.functional.embedding(ids, embedding.weight)
+        if decoder.factor != 1.0:
+            x = x * decoder.factor
+        if decoder.project_in is not None:
+            x = multiply(decoder.project_in.linears[0], x)
+        if decoder.positions is not None:
+            x = x + nn.functional.embedding(at + decoder.positions.offset, decoder.positions.table.weight)
+        return x
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        decoder = self.decoder
+        logits = decoder.head(x)
+        if decoder.divisor != 1.0:
+            logits = logits / decoder.divisor
+        if decoder.scale != 1.0:
+            logits = logits * decoder.scale
+        if decoder.softcap:
+            logits = torch.tanh(logits / decoder.softcap) * decoder.softcap
+        return logits
+
+
+def _positions(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Positions [B, T] of new tokens in their texts: lengths − starts + t."""
+    at = cache.lengths if cache.starts is None else cache.lengths - cache.starts
+    if ids.shape[1] == 1:
+        return at[:, None]
+    return at[:, None] + torch.arange(ids.shape[1], dtype=at.dtype, device=at.device)

@@ -1,0 +1,42 @@
+"""Watch: whether a model still is what was read from it, cheap enough to ask before every `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+
+class Watch:
+    """The modules, tensors and addresses of a model as they were when it was read."""
+
+    def __init__(self, model: nn.Module):
+        self.modules: list[tuple[str, nn.Module, dict, Any]] = []
+        self.tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        for path, module in model.named_modules():
+            self.modules.append((path, module, dict(module._modules), vars(module).get("forward")))
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self.tensors.append((table, name, tensor, tensor.data_ptr()))
+
+    def changed(self) -> str | None:
+        """What a fused step would pass over: a module exchanged, a hook, another forward, train mode."""
+        if torch_module._has_any_global_hook():
+            return "a hook on all modules is set"
+        for path, module, children, forward in self.modules:
+            if module._modules != children:
+                return f"modules of {path or 'the model'} were exchanged"
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{path or 'the model'} has hooks"
+            if vars(module).get("forward") is not forward:
+                return f"the forward of {path or 'the model'} was replaced"
+            if module.training:
+                return f"{path or 'the model'} is in train mode"
+        return None
+
+    def moved(self) -> bool:
+        """Whether any tensor is another one, or elsewhere in memory."""
+        return any(t.get(name) is not own or own.data_ptr() != ptr for t, name, own, ptr in self.tensors)
