@@ -1,0 +1,73 @@
+"""Work on fixed buffers, captured once in a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from fastinfer.ops.launch import dependent_launch
+
+Work = Callable[[], Any]
+
+
+class Recorder(Protocol):
+    """What a Step is captured with."""
+
+    def warm(self, work: Work) -> Any:
+        """Runs work as it is, so that what it sets up on first use is there."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
+        """Captures work without running it. Returns what replays it, and its result: the same tensors at each replay."""
+
+
+class Step:
+    """Work whose inputs, outputs and state are tensors that stay: run as it is the first time, then captured, then replayed.
+
+    The first run is a real one, so that warming up costs no step. Without a recorder it runs as it is each time.
+    """
+
+    def __init__(self, work: Work, recorder: Recorder | None = None):
+        self.work, self.recorder = work, recorder
+        self.warm = False
+        self.replay: Callable[[], None] | None = None
+        self.result: Any = None
+
+    def __call__(self) -> Any:
+        if self.recorder is None:
+            return self.work()
+        if not self.warm:
+            result = self.recorder.warm(self.work)
+            self.warm = True
+            return result
+        if self.replay is None:
+            self.replay, self.result = self.recorder.record(self.work)
+        self.replay()
+        return self.result
+
+
+class CUDAGraphs:
+    """Captures steps as CUDA graphs. They share their memory: only one may run at a time."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, work: Work) -> Any:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = work()
+        current.wait_stream(self.stream)
+        if isinstance(result, torch.Tensor):
+            result.record_stream(current)
+        return result
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on the device meanwhile is no error
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with capture, dependent_launch():
+            result = work()
+        return graph.replay, result
