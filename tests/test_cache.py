@@ -303,7 +303,9 @@ def test_crop_after_a_forward_that_broke_off():
     cache = KVCache()
     held = fill(cache, 9)
     cache.update(*states(4), 0)
-    cache.crop(-4)
+    cache.crop(-2)
+    assert [layer.filled for layer in cache.layers] == [11, 9]  # what was not written does not count
+    cache.crop(-2)
     assert_holds(cache, held)
 
 
@@ -393,7 +395,10 @@ def test_inference_mode_leaves_nothing_that_cannot_be_written():
     model, ids = architectures.build("llama"), architectures.inputs("llama")["input_ids"]
     cache = KVCache(kind="int8")
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids[:, :4], past_key_values=cache)
+    with torch.no_grad():
+        model(ids[:, 4:], past_key_values=cache)
+    with torch.inference_mode():
         cache.set_padding(torch.arange(9) >= torch.tensor([[0], [2]]))
         cache.batch_repeat_interleave(2)
         cache.reserve(257)
@@ -410,10 +415,12 @@ def test_gradients():
     """A forward with gradients on is what it is without; a backward through it is refused, not wrong."""
     model, ids = architectures.build("llama"), architectures.inputs("llama")["input_ids"]
     cache = KVCache()
-    got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([5, 4], 1)], 1)
-    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(CacheError, match="holds no gradients"):
-        got.sum().backward()
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 4], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not cache.layers[0].k_cache.requires_grad
+    for part in parts:  # the first too, which the second has written beside
+        with pytest.raises(CacheError, match="holds no gradients"):
+            part.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,6 @@ class KVCache(Cache):
         kept = self.filled + tokens_to_remove
         for layer in self.layers:
             layer.keep(kept)
-        self._shared.hold(kept)
 
     def reset(self) -> None:
         """Forgets everything, the padding too; the buffers stay, and any number of rows may come next."""
