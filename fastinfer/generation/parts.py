@@ -17,6 +17,8 @@ from fastinfer import ops
 from fastinfer.modules import QuantizedLinear
 from fastinfer.modules.kept import KeptSiblings
 from fastinfer.modules.linear import float_weight
+from fastinfer.ops._common import ACTIVATIONS as EPILOGUES
+from fastinfer.ops.layout import GATE_ROWS
 
 if TYPE_CHECKING:
     from fastinfer.generation.cache import KVCache
@@ -124,13 +126,24 @@ class Linears:
             done.update({id(linear): y for linear, y in zip(together.linears, shares, strict=True)})
         return [done[id(one)] if id(one) in done else multiply(one, x) for one in self.linears]
 
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The float weight and bias of all linears one after the other, where they lie so."""
+        if self.merged and self.kept is not None:
+            return self.kept.weight(), self.kept.bias()
+        linear = self.linears[0]
+        if len(self.linears) > 1 or isinstance(linear, QuantizedLinear) or not float_weight(linear).is_contiguous():
+            return None
+        return float_weight(linear), linear.bias
+
     def activated(self, x: torch.Tensor) -> torch.Tensor:
         """act(gate(x)) · up(x)."""
         epilogue = f"{self.activation}_mul"
         for together in self.siblings:
             if together.pair and together.activation == epilogue and together.linears[0] is self.linears[0]:
                 return together.product(x, epilogue)
-        # The marked place: `ops.linear` with this epilogue on [gate; up], once it takes them as halves.
+        rows = self._rows()
+        if epilogue in EPILOGUES and rows is not None and rows[0].shape[0] % (2 * GATE_ROWS) == 0:
+            return ops.linear(x, *rows, activation=epilogue)
         gate, up = self.outputs(x) if len(self.linears) == 2 else self.outputs(x)[0].chunk(2, -1)
         return ACTIVATIONS[self.activation](gate) * up
 
