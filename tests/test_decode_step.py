@@ -17,6 +17,8 @@ from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
 from fastinfer.generation.cache import KVCache
 from fastinfer.generation.step import DecodeStep
+from fastinfer.modules import Int8Embedding
+from fastinfer.ops.layout import PANEL16, ROW, TILE_W8A8, TILE_W8A16
 from fastinfer.patching import RECORD
 
 pytestmark = pytest.mark.models
@@ -487,3 +489,17 @@ def test_fewest_launches(monkeypatch):
     step_of(model)(ids[:, :1], cache)
     layer = ["rms_norm", "int8_matmul", "kv_attention", "int8_matmul", "rms_norm", "int8_matmul", "int8_matmul"]
     assert calls == 2 * layer + ["rms_norm", "int8_matmul"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [ROW, PANEL16, TILE_W8A16, TILE_W8A8])
+@pytest.mark.parametrize("rows", [48, 131])
+def test_an_embedding_is_looked_up_alike_in_every_layout(rows, layout, dtype):
+    codes, scale = torch.randint(-127, 128, (rows, 256), dtype=torch.int8), torch.rand(rows)
+    embedding = Int8Embedding(nn.Parameter(codes, requires_grad=False), scale, like=dtype, factor=5.66)
+    embedding.use_layout(layout)
+    ids = torch.randint(0, rows, (2, 7))
+    ids[0, 0] = rows - 1
+    assert torch.equal(embedding.look_up(ids), embedding(ids))
+    assert (embedding._places() is not None) is (rows == 48 and layout in (TILE_W8A16, TILE_W8A8))
+    assert torch.equal(copy.deepcopy(embedding).look_up(ids), embedding(ids))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastinfer.generation.cache import KVCache
+from fastinfer.generation.cache_layer import round_up
 
 if TYPE_CHECKING:
     from fastinfer.generation.step import DecodeStep
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PROMPT = 12
 STEPS = (1, 1, 3)
 PADDING = (0, 5)
+WINDOWED = range(2)
 NOISE = 3.0
 FLOOR = 6.0
 LEAST = 1e-5
@@ -78,25 +80,37 @@ def _padded(step: DecodeStep) -> tuple[float, str | None]:
 def _windows(step: DecodeStep, noise: float) -> str | None:
     """Past each sliding window, in a cache of random keys and values, which is cheaper than a long prompt."""
     model = step.model
-    windows = sorted({layer.attention.window for layer in step.decoder.layers} - {0})
-    for window in windows:
-        filled = window + 2
-        cache, ids = KVCache(capacity=filled + 2), _random_ids(model, 1, 4)
+    reached = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    windows = {layer.attention.window for layer in step.decoder.layers} - {0}
+    for window in sorted(w for w in windows if w < reached):
+        ids = _random_ids(model, 1, 2 + len(WINDOWED))
+        cache = KVCache()
         _forward(model, ids[:, :2], torch.ones_like(ids[:, :2]), cache)
-        generator = torch.Generator(ids.device).manual_seed(1)
-        for layer in cache.layers:
-            for buffer in (layer.k_cache, layer.v_cache):
-                buffer[:, :, :filled] = torch.randn(
-                    buffer[:, :, :filled].shape, generator=generator, device=buffer.device, dtype=buffer.dtype
-                )
-        cache.advance(filled - 2)
-        cache.set_lengths()
-        got = _step(step, ids[:, 2:], cache)
-        want = _forward(model, ids[:, 2:], ids.new_ones(1, filled + 2), cache)
-        reason = _compare(got, want, noise, f"past a window of {window}")
-        if reason is not None:
-            return reason
+        _fill(cache, window)
+        for i in WINDOWED:
+            new = ids[:, 2 + i : 3 + i]
+            got = _step(step, new, cache)
+            want = _forward(model, new, ids.new_ones(1, cache.filled + 1), cache)
+            reason = _compare(got, want, noise, f"{i + 1} past a window of {window}")
+            if reason is not None:
+                return reason
     return None
+
+
+def _fill(cache: KVCache, positions: int) -> None:
+    """Gives a cache random keys and values, in buffers that layers of one shape share: each is done when the next begins."""
+    shared: dict[torch.Size, list[torch.Tensor]] = {}
+    capacity = round_up(positions + len(WINDOWED))
+    generator = torch.Generator(cache.layers[0].k_cache.device).manual_seed(1)
+    for layer in cache.layers:
+        b, g, _, d = layer.k_cache.shape
+        if layer.k_cache.shape not in shared:
+            made = [layer.k_cache.new_empty(b, g, capacity, d).normal_(generator=generator) for _ in range(2)]
+            shared[layer.k_cache.shape] = made
+        layer.k_cache, layer.v_cache = shared[layer.k_cache.shape]
+    cache.reserve(capacity)
+    cache.advance(positions - cache.filled)
+    cache.set_lengths()
 
 
 def _step(step: DecodeStep, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -156,7 +156,7 @@ class DecodeStep:
     def _embed(self, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         decoder, embedding = self.decoder, self.decoder.embedding
         if isinstance(embedding, Int8Embedding):
-            x = type(embedding).forward(embedding, ids)
+            x = embedding.look_up(ids)
         else:
             x = nn.functional.embedding(ids, embedding.weight)
         if decoder.factor != 1.0:

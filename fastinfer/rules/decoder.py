@@ -96,13 +96,13 @@ def read(model: Any) -> Decoder:
     decoder = Decoder(
         embedding,
         factor,
-        None if ends[0] is None else reading.one(ends[0]),
+        None if ends[0] is None else Linears([ends[0]]),
         positions,
         rotation,
         layers,
         None if norm is None else reading.norm(norm, f"{trunk.path}'s last norm"),
-        None if ends[1] is None else reading.one(ends[1]),
-        reading.one(head),
+        None if ends[1] is None else Linears([ends[1]]),
+        Linears([head]),
     )
     _read_logits(decoder, model, config)
     _check_dtypes(decoder)

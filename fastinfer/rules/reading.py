@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastinfer.errors import Unfusable
-from fastinfer.generation.parts import ACTIVATIONS, Linears, Norm
+from fastinfer.generation.parts import ACTIVATIONS, Norm
 from fastinfer.modules import QuantizedLinear, blocks
 from fastinfer.rules import linear as linear_rule
 
@@ -146,7 +146,3 @@ def take_activation(part: Part) -> str:
     if function is None:
         raise Unfusable(f"{part.path} has no activation that the fused step knows")
     return activation(function, part.path)
-
-
-def one(linear: nn.Module) -> Linears:
-    return Linears([linear])
