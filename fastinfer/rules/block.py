@@ -72,7 +72,7 @@ def read_layer(module: nn.Module, path: str, index: int, config: Any, rotations:
         if read is not None:
             read.done()
     multiplier = float(getattr(module, "residual_multiplier", 1.0))
-    return Layer(attention, feedforward, *norms, parallel=parallel, multiplier=multiplier)
+    return Layer(attention, feedforward, norms[0], norms[1], norms[2], norms[3], parallel, multiplier)
 
 
 def _wire(part: Part, config: Any) -> tuple[list[Norm | None], bool]:
@@ -86,8 +86,10 @@ def _wire(part: Part, config: Any) -> tuple[list[Norm | None], bool]:
             for flag in ("use_parallel_residual", "parallel_attn"):
                 parallel = bool(getattr(owner, flag, parallel))
         return [None if place is None else norms[place] for place in places], parallel
-    raise Unfusable(f"{part.path} has {', '.join(sorted(names)) or 'no norm'} beside attention and feedforward, which is "
-                    "no arrangement that the fused step knows")
+    raise Unfusable(
+        f"{part.path} has {', '.join(sorted(names)) or 'no norm'} beside attention and feedforward, which is "
+        "no arrangement that the fused step knows"
+    )
 
 
 # ---- feedforward ----------------------------------------------------------------------------------------------------
@@ -103,10 +105,10 @@ def _read_feedforward(part: Part) -> Feedforward:
         raise Unfusable(f"{part.path} has no linears up and down that the fused step knows")
     activation = reading.take_activation(part)
     if gate is not None:
-        return Feedforward(Linears([gate, up], activation), reading.one(down))
+        return Feedforward(Linears([gate, up], activation), Linears([down]))
     if float_rows(up) == 2 * float_columns(down):
-        return Feedforward(Linears([up], activation), reading.one(down))
-    return Feedforward(reading.one(up), reading.one(down), activation)
+        return Feedforward(Linears([up], activation), Linears([down]))
+    return Feedforward(Linears([up]), Linears([down]), activation)
 
 
 def float_rows(linear: Any) -> int:
@@ -131,41 +133,40 @@ def _read_attention(part: Part, index: int, config: Any, rotations: list[str]) -
     if getattr(module, "layer_idx", index) != index:
         raise Unfusable(f"{path} keeps its keys under layer {module.layer_idx}, not {index}")
     attention = _read_heads(part, index, config)
-    attention.out = reading.one(part.linear("o_proj", "out_proj", "dense", "c_proj") or _no(path, "output linear"))
     attention.q_norm, attention.k_norm = _read_head_norms(part, attention)
     kind = (getattr(config, "layer_types", None) or [""] * (index + 1))[index]
     attention.window = _window(module, path, kind, config)
-    attention.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
+    if getattr(config, "_attn_implementation", None) != "sdpa":  # there transformers leaves it out, or refuses it
+        attention.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
     attention.rotation = _rotation(module, kind, rotations)
     return attention
 
 
-def _no(path: str, what: str) -> nn.Module:
-    raise Unfusable(f"{path} has no {what} that the fused step knows")
-
-
 def _read_heads(part: Part, index: int, config: Any) -> Attention:
     """The linears of query, key and value, and how their products split into heads."""
-    apart = [part.linear(name) for name in ("q_proj", "k_proj", "v_proj")]
     module: Any = part.module
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = next((d for name in ("head_dim", "head_size") if (d := getattr(module, name, None))), None)
     if not isinstance(head_dim, int) or not heads:
         raise Unfusable(f"{part.path} does not tell the size of its heads")
-    if None not in apart:
-        linears, order = [linear for linear in apart if linear is not None], "apart"
-        rows = [float_rows(linear) for linear in linears]
-    else:
-        name = next((name for name in FUSED if name in module._modules), None)
-        linears, order = [part.linear(name or "") or _no(part.path, "query, key and value linears")], FUSED[name or ""]
-        total = float_rows(linears[0])
-        kv_rows = (total - heads * head_dim) // 2
-        rows = [heads * head_dim, kv_rows, total - heads * head_dim - kv_rows]
-    if rows[0] != heads * head_dim or rows[1] != rows[2] or rows[1] % head_dim or not rows[1] or heads % (rows[1] // head_dim):
+    fused = next((name for name in FUSED if name in module._modules), None)
+    linears = [part.linear(name) for name in ([fused] if fused else ["q_proj", "k_proj", "v_proj"])]
+    if None in linears:
+        raise Unfusable(f"{part.path} has no query, key and value linears that the fused step knows")
+    rows = [float_rows(linear) for linear in linears]
+    if fused:
+        rest = rows[0] - heads * head_dim
+        rows = [heads * head_dim, rest // 2, rest - rest // 2]
+    groups = rows[1] // head_dim
+    if rows[0] != heads * head_dim or rows[1:] != [groups * head_dim] * 2 or not groups or heads % groups:
         raise Unfusable(f"{part.path} has linears of {rows} rows, which are no {heads} heads of {head_dim}")
     scale = next((s for name in ("scaling", "inv_norm_factor") if (s := getattr(module, name, None)) is not None), None)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return Attention(index, Linears(linears), Linears(linears[:1]), order, heads, rows[1] // head_dim, head_dim, scale)
+    out = part.linear("o_proj", "out_proj", "dense", "c_proj")
+    if out is None:
+        raise Unfusable(f"{part.path} has no output linear that the fused step knows")
+    order = FUSED[fused] if fused else "apart"
+    return Attention(index, Linears(linears), Linears([out]), order, heads, groups, head_dim, scale)
 
 
 def _read_head_norms(part: Part, attention: Attention) -> tuple[Norm | None, Norm | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastinfer.errors import Unfusable
-from fastinfer.generation.parts import ACTIVATIONS, Linears, Norm
+from fastinfer.generation.parts import ACTIVATIONS, Norm
 from fastinfer.modules import QuantizedLinear, blocks
 from fastinfer.rules import linear as linear_rule
 
@@ -96,8 +96,11 @@ def check_forward(module: nn.Module, path: str) -> None:
 
 
 def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    if got.shape != want.shape:
+        return False
     tolerance = max(1e-5, 4 * torch.finfo(want.dtype).eps)
-    return got.shape == want.shape and bool(((got.float() - want.float()).abs() <= tolerance * want.float().abs().clamp_min(0.1)).all())
+    got, want = got.float(), want.float()
+    return bool(((got - want).abs() <= tolerance * want.abs().clamp_min(0.1)).all())
 
 
 def norm(module: nn.Module, path: str) -> Norm:
@@ -143,7 +146,3 @@ def take_activation(part: Part) -> str:
     if function is None:
         raise Unfusable(f"{part.path} has no activation that the fused step knows")
     return activation(function, part.path)
-
-
-def one(linear: nn.Module) -> Linears:
-    return Linears([linear])
