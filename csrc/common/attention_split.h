@@ -1,0 +1,61 @@
+// How kv_attention's CUDA kernels divide the keys of a row; plain arithmetic, the same on host and device.
+//
+// A row's keys are cut into units, `units` of which make a group. What a unit or a group has summed up depends on the row's
+// own length alone, so that neither the batch, nor the capacity of the cache, nor whether eight blocks share a group or one
+// block does it all shows in a bit of the result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTINFER_HD __host__ __device__ __forceinline__
+#else
+#define FASTINFER_HD inline
+#endif
+
+namespace fastinfer {
+
+constexpr int kStepKeys = 64;                 // keys that a block's warps take at a time, 16 each
+constexpr int kShortContext = 8 * kStepKeys;  // up to here a unit is one step; beyond at least two
+constexpr int kGranule = 16;                  // units of long contexts are multiples of it
+
+FASTINFER_HD int ceil_quotient(int a, int b) { return (a + b - 1) / b; }
+FASTINFER_HD int smaller(int a, int b) { return a < b ? a : b; }
+FASTINFER_HD int larger(int a, int b) { return a < b ? b : a; }
+
+// Of one row: `length` positions filled, `t` new ones behind them. Keys are counted from `first` on.
+struct KeySplit {
+  int length = 0, start = 0, window = 0;  // start: first position that counts; window 0: all
+  int first = 0, end = 0;                 // positions that some query sees, and all the new ones
+  int unit = 0, units = 0, groups = 0;    // keys of a unit, units of a group, groups of the row
+
+  FASTINFER_HD int keys() const { return end - first; }
+  // Query t sees the positions lowest(t) … length + t.
+  FASTINFER_HD int lowest(int t) const { return window == 0 ? start : larger(start, length + t - window + 1); }
+  FASTINFER_HD int units_of(int group) const {  // that have keys
+    return larger(0, smaller(units, ceil_quotient(keys() - group * units * unit, unit)));
+  }
+  FASTINFER_HD int unit_begin(int group, int index) const { return first + (group * units + index) * unit; }
+  FASTINFER_HD int unit_end(int begin) const { return smaller(begin + unit, end); }
+};
+
+FASTINFER_HD KeySplit split_keys(int length, int start, int window, int t, int units, int max_groups) {
+  KeySplit s;
+  s.length = length, s.start = start, s.window = window, s.units = units;
+  s.first = smaller(s.lowest(0), length);  // new positions are written, whether seen or not
+  s.end = length + t;
+  const int keys = s.end - s.first;
+  const int even = ceil_quotient(ceil_quotient(keys, units * max_groups), kGranule) * kGranule;
+  s.unit = larger(keys <= kShortContext ? kStepKeys : 2 * kStepKeys, even);
+  s.groups = ceil_quotient(keys, s.unit * units);
+  return s;
+}
+
+// The most groups that any row of a cache of `positions` has.
+FASTINFER_HD int most_groups(int positions, int units, int max_groups) {
+  const int of_short = ceil_quotient(smaller(positions, kShortContext), units * kStepKeys);
+  return smaller(max_groups, larger(of_short, ceil_quotient(positions, units * 2 * kStepKeys)));
+}
+
+}  // namespace fastinfer
