@@ -63,7 +63,9 @@ __global__ void __launch_bounds__(32 * kPlainWarps) append_tokens_kernel(const _
     const int64_t position = (int64_t(b) * args.g + head) * args.positions + length + t;
     float k[8] = {}, v[8] = {};
     if (active) {
-      load_rotated<T>(args, args.k, b, t, head, lane, k);
+      RotatedChunk<T> chunk;
+      chunk.load(args, args.k, b, t, head, lane);
+      chunk.get(args, k);
       load8(static_cast<const T*>(args.v.data) + b * args.v.row + t * args.v.token + head * args.v.head + 8 * lane,
             args.v.packs, v);
     }
@@ -105,7 +107,9 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
   const KeySplit keys = split_row(args, RowLimits(args, b));
   const int64_t pair = (int64_t(b) * args.g + head / args.group) * args.positions;
   float q[8] = {}, v[8] = {}, top = -__builtin_inff(), sum = 0.f;
-  if (active) load_rotated<T>(args, args.q, b, t, head, lane, q);
+  RotatedChunk<T> query;
+  if (active) query.load(args, args.q, b, t, head, lane);
+  query.get(args, q);
 
   for (int at = larger(keys.lowest(t), keys.first) + warp; at <= keys.length + t; at += kPlainWarps) {
     const int64_t row = (pair + at) * args.d + 8 * lane;
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
 
 template <typename T, bool kInt8>
 static void launch_plain_as(const char* op, AttentionArgs args, const LaunchContext& context) {
-  args.units = args.max_groups = 1;
+  args.units = 1;
   append_tokens_kernel<T, kInt8><<<args.b * args.t, 32 * kPlainWarps, 0, context.stream()>>>(args);
   check_launch(op);
   const int queries = args.b * args.t * args.group * args.g;
@@ -186,7 +190,7 @@ static AttentionArgs make_args(const AttentionTensors& a, const AttentionShape& 
     args.rotation_type = element_of(a.cos->scalar_type());
     args.half = static_cast<int>(s.r / 2);
     const int64_t strides[] = {args.cos.row, args.cos.token, args.sin.row, args.sin.token};
-    args.rotation_packs = is_aligned16(*a.cos) && is_aligned16(*a.sin) &&
+    args.rotation_packs = args.half % 8 == 0 && is_aligned16(*a.cos) && is_aligned16(*a.sin) &&
                           std::all_of(strides, strides + 4, [](int64_t stride) { return stride % 8 == 0; });
   }
   args.k_cache = a.k_cache.mutable_data_ptr(), args.v_cache = a.v_cache.mutable_data_ptr();
@@ -199,6 +203,7 @@ static AttentionArgs make_args(const AttentionTensors& a, const AttentionShape& 
   args.y = y.mutable_data_ptr();
   args.b = static_cast<int>(s.b), args.t = static_cast<int>(s.t), args.g = static_cast<int>(s.g);
   args.d = static_cast<int>(s.d), args.positions = static_cast<int>(s.l);
+  args.per_group = s.group() == 1 ? 0 : static_cast<unsigned>((int64_t(1) << 32) / s.group() + 1);
   args.group = static_cast<int>(s.group()), args.rows = static_cast<int>(s.rows());
   return args;
 }

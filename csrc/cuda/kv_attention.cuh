@@ -36,27 +36,22 @@ struct AttentionArgs {
   int chunks = 0;               // of a block's queries, in `rows`
   int units = 0;                // of a group
   int ranks = 0;                // blocks of a cluster, a unit each; or 1: a block does all units of a group
-  int max_groups = 0;           // that a row is split into
+  int unit_shift = 0;           // a row has 2^unit_shift units at most
+  unsigned per_group = 0;       // 2^32 / group, rounded up; 0 for a group of one
   int groups = 0;               // that the grid has room for
   float* partials = nullptr;    // of groups
   unsigned* arrived = nullptr;  // counters of the blocks that have left partials; 0 before and after
 };
 
+// The token of a row of the queries: row / group.
+__device__ __forceinline__ int token_of(const AttentionArgs& a, int row) {
+  return a.per_group == 0 ? row : static_cast<int>(__umulhi(row, a.per_group));
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 // ---- new tokens -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load8(const float* p, bool packs, float (&out)[8]) {
-  if (packs) {
-    const auto low = *reinterpret_cast<const Pack<float, 4>*>(p),
-               high = *reinterpret_cast<const Pack<float, 4>*>(p + 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = low.v[i], out[i + 4] = high.v[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = p[i];
-  }
-}
 template <typename T>
 __device__ __forceinline__ void load8(const T* p, bool packs, float (&out)[8]) {
   Pack<T, 8> v;
@@ -75,41 +70,95 @@ __device__ __forceinline__ float rotated(float x, float other, float cos, float 
   return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(other, sin));
 }
 
-// Dimensions 8 · chunk … 8 · chunk + 7 of head `head` of token (b, t), rotated in fp32.
-template <typename T>
-__device__ __forceinline__ void load_rotated(const AttentionArgs& a, const AttentionTokens& from, int b, int t,
-                                             int head, int chunk, float (&out)[8]) {
-  const T* x = static_cast<const T*>(from.data) + b * from.row + t * from.token + head * from.head;
-  const int at = 8 * chunk, half = a.half;
-  load8(x + at, from.packs, out);
-  if (at >= 2 * half) return;
-  const int64_t cos_at = b * a.cos.row + t * a.cos.token, sin_at = b * a.sin.row + t * a.sin.token;
-  if (half % 8 == 0 && a.rotation_packs) {
-    const float sign = at < half ? -1.f : 1.f;
-    float other[8], cos[8], sin[8];
-    load8(x + (at < half ? at + half : at - half), from.packs, other);
-    if (a.rotation_type == Element::kFloat) {
-      load8(static_cast<const float*>(a.cos.data) + cos_at + at, true, cos);
-      load8(static_cast<const float*>(a.sin.data) + sin_at + at, true, sin);
+// Eight elements as they are: of T, or of fp32.
+struct Raw8 {
+  uint4 v[2];
+
+  template <typename T>
+  __device__ __forceinline__ void load(const T* p) {
+    v[0] = *reinterpret_cast<const uint4*>(p);
+    if constexpr (sizeof(T) == 4) v[1] = *reinterpret_cast<const uint4*>(p + 4);
+  }
+  template <typename T>
+  __device__ __forceinline__ void get(float (&out)[8]) const {
+    if constexpr (sizeof(T) == 4) {
+      const uint32_t words[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
     } else {
-      load8(static_cast<const T*>(a.cos.data) + cos_at + at, true, cos);
-      load8(static_cast<const T*>(a.sin.data) + sin_at + at, true, sin);
+      const auto pack = *reinterpret_cast<const Pack<T, 8>*>(&v[0]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = to_float(pack.v[i]);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = rotated(out[i], sign * other[i], cos[i], sin[i]);
-    return;
   }
+};
+
+// Dimensions 8 · chunk … 8 · chunk + 7 of a head of a token, rotated in fp32: loads where it is made, where that can be by
+// packs, and the rest in get().
+template <typename T>
+struct RotatedChunk {
+  enum class State { kNone, kPlain, kRotated, kSlow };
+  State state = State::kNone;
+  const T* x;
+  int64_t cos_at, sin_at;
+  int at;
+  Raw8 own, other, cos, sin;
+
+  __device__ __forceinline__ RotatedChunk() {}
+  __device__ __forceinline__ void load(const AttentionArgs& a, const AttentionTokens& from, int b, int t, int head,
+                                       int chunk) {
+    x = static_cast<const T*>(from.data) + b * from.row + t * from.token + head * from.head;
+    at = 8 * chunk;
+    cos_at = b * a.cos.row + t * a.cos.token, sin_at = b * a.sin.row + t * a.sin.token;
+    const bool rotates = at < 2 * a.half;
+    state = !from.packs || (rotates && !a.rotation_packs) ? State::kSlow : rotates ? State::kRotated : State::kPlain;
+    if (state == State::kSlow) return;
+    own.load(x + at);
+    if (!rotates) return;
+    other.load(x + (at < a.half ? at + a.half : at - a.half));
+    if (a.rotation_type == Element::kFloat) {
+      cos.load(static_cast<const float*>(a.cos.data) + cos_at + at);
+      sin.load(static_cast<const float*>(a.sin.data) + sin_at + at);
+    } else {
+      cos.load(static_cast<const T*>(a.cos.data) + cos_at + at);
+      sin.load(static_cast<const T*>(a.sin.data) + sin_at + at);
+    }
+  }
+  __device__ __forceinline__ void get(const AttentionArgs& a, float (&out)[8]) const {
+    if (state == State::kNone) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = 0.f;
+    } else if (state == State::kSlow) {
+      get_slow(a, out);
+    } else {
+      own.get<T>(out);
+      if (state == State::kPlain) return;
+      const float sign = at < a.half ? -1.f : 1.f;
+      float partner[8], c[8], s[8];
+      other.get<T>(partner);
+      if (a.rotation_type == Element::kFloat) {
+        cos.get<float>(c), sin.get<float>(s);
+      } else {
+        cos.get<T>(c), sin.get<T>(s);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = rotated(out[i], sign * partner[i], c[i], s[i]);
+    }
+  }
+  __device__ __forceinline__ void get_slow(const AttentionArgs& a, float (&out)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = to_float(x[at + i]);
 #pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-    const int j = at + i;
-    if (j >= 2 * half) break;
-    const float other = j < half ? -to_float(x[j + half]) : to_float(x[j - half]);
-    const float value = rotated(to_float(x[j]), other, load_float(a.cos.data, a.rotation_type, cos_at + j),
-                                load_float(a.sin.data, a.rotation_type, sin_at + j));
+    for (int i = 0; i < 8 && at + i < 2 * a.half; ++i) {
+      const int j = at + i;
+      const float partner = j < a.half ? -to_float(x[j + a.half]) : to_float(x[j - a.half]);
+      const float value = rotated(to_float(x[j]), partner, load_float(a.cos.data, a.rotation_type, cos_at + j),
+                                  load_float(a.sin.data, a.rotation_type, sin_at + j));
 #pragma unroll
-    for (int k = 0; k < 8; ++k) out[k] = k == i ? value : out[k];
+      for (int k = 0; k < 8; ++k) out[k] = k == i ? value : out[k];
+    }
   }
-}
+};
 
 // One row of D = 8 · active lanes as the cache holds it: int8 and its scale, as int8_quantize rounds. All lanes call it.
 __device__ __forceinline__ float quantize_lanes(const float (&v)[8], bool active, uint2& out) {
@@ -156,7 +205,7 @@ struct RowLimits {
 
 __device__ __forceinline__ KeySplit split_row(const AttentionArgs& a, const RowLimits& row) {
   const int length = larger(0, smaller(row.length, a.positions - a.t));  // never outside of the cache
-  return split_keys(length, row.start, a.window, a.t, a.units, a.max_groups);
+  return split_keys(length, row.start, a.window, a.t, a.units, a.unit_shift);
 }
 
 // ---- kernels ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@
 
 namespace fastinfer {
 
-constexpr int kRanks = 8;  // blocks of a cluster, units of a group
+constexpr int kRanks = kMostUnits;  // blocks of a cluster, a unit of a group each
 
 // ---- pieces ---------------------------------------------------------------------------------------------------------
 
@@ -186,10 +186,12 @@ struct TileAttention {
       const int64_t position = pair * args.positions + at + row;
       float k[8] = {}, v[8] = {};
       if (active) {
-        load_rotated<T>(args, args.k, work.b, t, work.head, lane, k);
+        RotatedChunk<T> key;
+        key.load(args, args.k, work.b, t, work.head, lane);
         load8(static_cast<const T*>(args.v.data) + work.b * args.v.row + t * args.v.token + work.head * args.v.head +
                   8 * lane,
               args.v.packs, v);
+        key.get(args, k);
       }
       const uint32_t k_row = stage + row * kPitch, v_row = k_row + kKeys * kPitch;
       if constexpr (kInt8) {
@@ -273,31 +275,29 @@ struct TileAttention {
 
   static constexpr int kPieces = kQueries * kD / 8;  // of eight dimensions
   struct QueryLoader {                               // the chunk's queries, rotated
-    float v[(kPieces + kThreads - 1) / kThreads][8];
+    static constexpr int kEach = (kPieces + kThreads - 1) / kThreads;
+    RotatedChunk<T> pieces[kEach];
 
-    template <typename F>
-    __device__ __forceinline__ void each(F&& f) {
+    __device__ __forceinline__ QueryLoader(const AttentionArgs& args, const Work& work) {
 #pragma unroll
-      for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
-        const int piece = threadIdx.x + i * kThreads;
-        if (kPieces % kThreads == 0 || piece < kPieces) f(v[i], piece / (kD / 8), piece % (kD / 8));
+      for (int i = 0; i < kEach; ++i) {
+        const int piece = threadIdx.x + i * kThreads, query = piece / (kD / 8), chunk = piece % (kD / 8);
+        const int row = work.chunk * kQueries + query;
+        if (piece >= kPieces || row >= args.rows || 8 * chunk >= args.d) continue;
+        const int t = token_of(args, row), head = work.head * args.group + row - t * args.group;
+        pieces[i].load(args, args.q, work.b, t, head, chunk);
       }
     }
-    __device__ __forceinline__ QueryLoader(const AttentionArgs& args, const Work& work) {
-      each([&](float (&values)[8], int query, int chunk) {
+    // Zeros where there is no query.
+    __device__ __forceinline__ void store(const AttentionArgs& args, uint32_t smem) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) values[j] = 0.f;
-        const int row = work.chunk * kQueries + query;
-        if (row >= args.rows || 8 * chunk >= args.d) return;
-        const int t = row / args.group;
-        load_rotated<T>(args, args.q, work.b, t, work.head * args.group + row - t * args.group, chunk, values);
-      });
-    }
-    __device__ __forceinline__ void store(uint32_t smem) {
-      each([&](float (&values)[8], int query, int chunk) {
-        const Pack<T, 8> pack = pack8<T>(values);
-        store_smem16(smem + query * kQPitch + chunk * 16, *reinterpret_cast<const uint4*>(&pack));
-      });
+      for (int i = 0; i < kEach; ++i) {
+        const int piece = threadIdx.x + i * kThreads, query = piece / (kD / 8), chunk = piece % (kD / 8);
+        float v[8];
+        pieces[i].get(args, v);
+        const Pack<T, 8> pack = pack8<T>(v);
+        if (piece < kPieces) store_smem16(smem + query * kQPitch + chunk * 16, *reinterpret_cast<const uint4*>(&pack));
+      }
     }
   };
 
@@ -407,7 +407,7 @@ struct TileAttention {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int row = work.chunk * kQueries + 8 * tile + lane % 4 * 2 + j;
-          const int t = smaller(row / args.group, args.t - 1);
+          const int t = smaller(token_of(args, row), args.t - 1);
           low[tile][j] = work.keys.lowest(t), high[tile][j] = work.keys.length + t;
         }
       }
@@ -605,7 +605,7 @@ struct TileAttention {
     for (int j = 0; j < 2; ++j) {
       const int row = work.chunk * kQueries + 8 * tile + lane % 4 * 2 + j;
       if (row >= args.rows) continue;
-      const int t = row / args.group, head = work.head * args.group + row - t * args.group;
+      const int t = token_of(args, row), head = work.head * args.group + row - t * args.group;
       T* y = static_cast<T*>(args.y) + ((int64_t(work.b) * args.t + t) * heads + head) * args.d;
       const float inverse = part.stats[j].sum == 0.f ? 0.f : __fdividef(1.f, part.stats[j].sum);
 #pragma unroll
@@ -621,7 +621,7 @@ struct TileAttention {
     __syncthreads();
     if (threadIdx.x == 0) {
       unsigned* counter = args.arrived + work.item * args.ranks + work.rank;
-      const bool last = add_in_order(counter, 1) + 1 == unsigned(work.keys.groups);
+      const bool last = add_in_order(counter, 1) + 1 == unsigned(work.keys.groups());
       if (last) *counter = 0;  // for the next launch
       store_smem_float(answer, last ? 1.f : 0.f);
     }
@@ -635,7 +635,7 @@ struct TileAttention {
     const int stride = args.ranks * kWarps * kSlotBytes, first = work.rank + warp * args.ranks;
     for (int i = first, j = warp; i < kParts; i += kWarps * args.ranks, j += kWarps) {
       const Part part = fold_warps(slots + j * stride, lane);
-      if (work.keys.groups == 1) {
+      if (work.keys.one_group()) {
         write(args, work, i, lane, part);
         continue;
       }
@@ -643,11 +643,12 @@ struct TileAttention {
       to[i * 32 + lane] = {part.v[0], part.v[1], part.v[2], part.v[3]};
       if (lane < 4) to[kParts * 32 + i * 4 + lane] = pair_of(part.stats);
     }
-    if (work.keys.groups == 1 || !last_to_arrive(args, work, slots - kSmemState + kSmemArrived + 8)) return;
+    if (work.keys.one_group() || !last_to_arrive(args, work, slots - kSmemState + kSmemArrived + 8)) return;
+    const int groups = work.keys.groups();
     for (int i = first; i < kParts; i += kWarps * args.ranks) {
       Part part;
 #pragma unroll 4
-      for (int group = 0; group < work.keys.groups; ++group) {
+      for (int group = 0; group < groups; ++group) {
         const float4* from = partial(args, work, group);
         const float4 v = __ldcg(from + i * 32 + lane), stats = __ldcg(from + kParts * 32 + i * 4 + lane % 4);
         if (group == 0) {
@@ -676,7 +677,7 @@ struct TileAttention {
       fetch(args, work, ring + i * kStageBytes, ahead.at, ahead.count(), lane);
       if (ahead.units > 0) ahead.next(work, warp);
     }
-    loader.store(base + kSmemQ);
+    loader.store(args, base + kSmemQ);
     __syncthreads();
 #if __CUDA_ARCH__ >= 900
     let_next_kernel_start();  // its copies would have held up ours
@@ -749,7 +750,7 @@ struct TileAttention {
     const RowLimits limits(args, work.b);
     QueryLoader loader(args, work);  // while those come
     work.keys = split_row(args, limits);
-    const int there = work.group < work.keys.groups ? work.keys.units_of(work.group) : 0;
+    const int there = work.keys.units_of(work.group);  // 0 in a group beyond the row's end
     const int units = args.ranks == 1 ? there : work.rank < there ? 1 : 0;
     if (units > 0) attend(args, work, loader, base, work.rank, units, warp, lane);
     const uint32_t slots = base + kSmemState;
@@ -790,9 +791,10 @@ void launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& 
   const bool clusters = context.limits().capability >= 90;
   args.chunks = ceil_quotient(args.rows, Kernel::kQueries);
   args.units = clusters ? kRanks : 1;
-  args.max_groups =
-      std::clamp((clusters ? 32 : 128) / args.g, 1, 32);  // so that one row fills a card of 132 × 2 blocks
-  args.groups = most_groups(args.positions, args.units, args.max_groups);
+  // So many that one row fills a card of 132 × 2 blocks. Nothing that differs between calls of a model may show here.
+  args.unit_shift = clusters ? 3 : 0;
+  while (args.unit_shift < 8 && (args.g << (args.unit_shift + 1)) <= 256) ++args.unit_shift;
+  args.groups = most_groups(args.positions, args.units, args.unit_shift);
   const int64_t items = int64_t(args.b) * args.g * args.chunks;
   const bool spread = clusters && items < kManyRows &&
                       possible_clusters(kernel, Kernel::kThreads, kRanks, Kernel::kSmemBytes, context, 2) > 0;
