@@ -11,6 +11,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation
 
 import test_int4_matmul as int4_cases
 import test_int8_matmul as int8_cases
+import test_kv_attention as attention_cases
 import test_linear as linear_cases
 import tolerance
 import torch
@@ -122,6 +123,22 @@ def check_norm(m: int, k: int, dtype: torch.dtype, device: str) -> int:
     return 6
 
 
+def check_attention(t: int, heads: tuple[int, int, int], kind: torch.dtype, lengths: list[int], device: str) -> int:
+    """A cache without a position to spare, so that overruns show."""
+    a = attention_cases.make(lengths, t, heads, kind, "cpu", spare=0)
+    there = {n: x.to(device) if torch.is_tensor(x) else x for n, x in a.items()}
+    y = attention_cases.run(there).cpu()
+    expected = attention_cases.op.reference(**attention_cases.copy(a))
+    if kind == torch.int8:
+        exact = attention_cases.attend(attention_cases.widened({n: x.cpu() for n, x in there.items()}))
+        tolerance.assert_within(y, exact, expected, a["v"].abs().max().item())
+    else:
+        exact = attention_cases.op.reference(**attention_cases.copy(a, torch.float64), dtype=torch.float64)
+        plain = attention_cases.op.reference(**attention_cases.copy(a), dtype=kind)
+        tolerance.assert_within(y, exact, plain, a["v"].abs().max().item())
+    return 1
+
+
 def main(device: str) -> int:
     torch.manual_seed(0)
     scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
@@ -147,6 +164,10 @@ def main(device: str) -> int:
         calls += check_quantize(m, k, dtype, device)
     for m, k, dtype in product([1, 9], [1, 30, 128, 1024, 4096, 8192, 16384, 20000], DTYPES):
         calls += check_norm(m, k, dtype, device)
+    for t, heads, kind in product([1, 3], attention_cases.HEADS, attention_cases.KINDS):
+        calls += check_attention(t, heads, kind, [0, 37, 1100], device)
+    for kind in attention_cases.KINDS:  # so many rows that a block takes a group of units
+        calls += check_attention(1, (16, 8, 64), kind, [70 * i for i in range(12)], device)
     for (m, n, k), dtype in product(DECODE_SHAPES, DTYPES):
         calls += check_linear(m, n, k, dtype, device)
     for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):

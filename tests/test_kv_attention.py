@@ -1,5 +1,6 @@
 """kv_attention against fp64 and torch's own attention; what it writes, what it may not read, errors."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from fastinfer import _native
 from fastinfer.ops import kv_attention
+from fastinfer.ops.launch import dependent_launch
 
 op = importlib.import_module("fastinfer.ops.kv_attention")
 NAN = float("nan")
@@ -17,13 +19,6 @@ KINDS = [*DTYPES, torch.int8]  # of the cache; beside int8 the rest is bf16
 SCHEMA = ("q", "k", "v", "k_cache", "v_cache", "lengths", "k_scale", "v_scale", "cos", "sin", "starts")
 # H, G, D
 HEADS = [(1, 1, 8), (4, 4, 64), (4, 2, 80), (8, 2, 96), (8, 2, 128), (7, 1, 128), (16, 1, 64), (4, 1, 256), (6, 2, 72)]
-
-
-@pytest.fixture
-def native(device, native):
-    """Where the op runs on a kernel of its own."""
-    if device != "cpu" and "kv_attention" in _native.CPU_ONLY:
-        pytest.skip("no kernel for GPUs yet")
 
 
 def rotary(b, t, r, dtype, device):
@@ -174,6 +169,74 @@ def test_a_row_does_not_depend_on_its_batch(kind, device, native):
     for i in range(4):
         row = {n: t[i : i + 1] if torch.is_tensor(t) else t for n, t in a.items()}
         assert torch.equal(run(copy(row))[0], whole[i])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("window", [0, 900])
+def test_neither_the_batch_nor_the_capacity_shows_in_a_bit(window, kind, device, native):
+    """A GPU's blocks divide the keys of few rows and of many differently, and know the capacity alone when they start."""
+    lengths = [0, 63, 64, 511, 512, 700, 1100, 2300] * 2
+    a = make(lengths, 1, (16, 8, 64), kind, device, window=window)
+    whole = check(a)
+    for i in range(8):
+        row = {n: t[i : i + 1].clone() if torch.is_tensor(t) else t for n, t in a.items()}
+        for name in [n for n in a if n.endswith(("cache", "_scale"))]:
+            room = torch.full_like(row[name], NAN if row[name].is_floating_point() else 77)
+            row[name] = torch.cat([row[name], room, room], 2)
+        assert torch.equal(run(row)[0], whole[i])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 2, 64), (16, 1, 128)], ids=str)
+def test_caches_and_tokens_at_any_address(heads, kind, device, native):
+    """Memory that is aligned to its elements alone takes other paths than what `make` gives."""
+    a = make([5, 700], 2, heads, kind, device)
+    expected = check(a)
+
+    def moved(t):
+        out = t.new_empty(t.numel() + 1)[1:].view(t.shape)
+        return out.copy_(t)
+
+    moved_all = a | {n: moved(a[n]) for n in ("q", "k", "v", "cos", "sin")}
+    assert torch.equal(run(copy(moved_all)), expected)
+    check_moved = {n: moved(t) for n, t in a.items() if n.endswith("cache")}
+    y = run(a | check_moved | {n: a[n].clone() for n in a if n.endswith("_scale")})
+    tolerance.assert_within(y, expected.double(), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_captured_graph_follows_the_lengths(early, kind, device, native):
+    """Layer after layer, each reading what the one before wrote; the same bits as outside of a graph."""
+    if device == "cpu":
+        pytest.skip("CPUs have no graphs")
+    layers = [make([2900, 40], 1, (8, 2, 64), kind, device) for _ in range(5)]
+    layers = [
+        {n: t.nan_to_num() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in a.items()} for a in layers
+    ]
+    lengths = layers[0]["lengths"]
+
+    def step():
+        outs = [layers[0]["q"]]
+        for a in layers:
+            outs.append(run(a | {"q": outs[-1], "lengths": lengths}))
+        return outs[1:]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), dependent_launch() if early else contextlib.nullcontext():
+        captured = step()
+    for now in ([0, 0], [511, 3], [512, 40], [2900, 1], [1024, 7]):
+        lengths.copy_(torch.tensor(now, dtype=torch.int32))
+        for _ in range(3):
+            for out in captured:
+                out.fill_(NAN)
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(got, want) for got, want in zip(captured, step(), strict=True))
 
 
 def test_writes_nothing_but_the_new_positions(device):
@@ -336,9 +399,7 @@ def refused(a, name, error):
     before = copy(a)
     with pytest.raises(error, match=rf"kv_attention: .*\b{name}\b"):
         run(a)
-    if (a["q"].device.type == "cpu" or "kv_attention" not in _native.CPU_ONLY) and _native.backend(
-        a["q"].device
-    ) == "native":
+    if _native.backend(a["q"].device) == "native":
         with pytest.raises(RuntimeError, match=rf"kv_attention: .*\b{name}\b"):
             native_call(a)
     for cache in ("k_cache", "v_cache"):

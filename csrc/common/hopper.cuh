@@ -142,6 +142,10 @@ __device__ __forceinline__ void send16(uint32_t address, const uint4& v, uint32_
       : "memory");
 }
 
+__device__ __forceinline__ void send_floats(uint32_t address, const float4& v, uint32_t barrier) {
+  send16(address, {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)}, barrier);
+}
+
 // Until the kernel before has finished and what it wrote is visible; nothing where the launch is an ordinary one.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
 // The next kernel's blocks may take the places that ours leave; it still waits for our end before it reads.
@@ -156,6 +160,19 @@ __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(address)
                : "memory");
+}
+// The same, each 8×8 matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+// An 8×8 matrix in registers, lane 4g + t holding the pair 2t, 2t + 1 of row g, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(v));
+  return out;
 }
 // Two 8×8 matrices, each lane giving a pair of neighbours in a row; lanes 0–7 and 8–15 hold the addresses of their columns.
 __device__ __forceinline__ void store_two_matrices_transposed(uint32_t address, uint32_t first, uint32_t second) {

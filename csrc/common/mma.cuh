@@ -29,6 +29,13 @@ __device__ __forceinline__ void copy16_stream(uint32_t smem, const void* gmem) {
 __device__ __forceinline__ void copy4(uint32_t smem, const void* gmem) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(smem), "l"(gmem) : "memory");
 }
+// 8 or 4 bytes, of which `bytes` are read.
+__device__ __forceinline__ void copy8(uint32_t smem, const void* gmem, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy4(uint32_t smem, const void* gmem, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most `pending` (0, 1 or 2; 2 or more count as 2) of this thread's newest copy groups are unfinished.
@@ -71,6 +78,44 @@ __device__ __forceinline__ float2 load_smem_float2(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
+}
+
+__device__ __forceinline__ float load_smem_float(uint32_t address) { return __uint_as_float(load_smem4(address)); }
+__device__ __forceinline__ float4 load_smem_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_smem_float4(uint32_t address, const float4& v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_smem8(uint32_t address, const uint2& v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};\n" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// ---- global memory, arithmetic ----------------------------------------------------------------------------------------
+
+// The load is issued where it stands; what needs it waits, where that stands.
+__device__ __forceinline__ int load_at_once(const int* gmem) {
+  int v;
+  asm volatile("ld.global.s32 %0, [%1];\n" : "=r"(v) : "l"(gmem));
+  return v;
+}
+// Returns what was there. Releases what this thread has seen written (by its block before a barrier, too), acquires what
+// those that came before have released.
+__device__ __forceinline__ unsigned add_in_order(unsigned* gmem, unsigned v) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;\n" : "=r"(before) : "l"(gmem), "r"(v) : "memory");
+  return before;
+}
+__device__ __forceinline__ float exp2_fast(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(out) : "f"(v));
+  return out;
 }
 
 // ---- tensor cores: c[16, 8] += a[16, k] · b[k, 8] -----------------------------------------------------------------------

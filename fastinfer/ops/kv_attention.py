@@ -43,7 +43,7 @@ def kv_attention(
         v_cache: [B, G, L, D] like k_cache
         lengths: [B] int32: how many positions of each row are filled. The op leaves it, so that all layers of a step can
                  share it. lengths[b] + T > L raises on the CPU; elsewhere that cannot be seen without a sync, and is the
-                 caller's to keep
+                 caller's to keep: the kernels take the last T positions then
         k_scale: [B, G, L] fp32, contiguous, written beside k_cache: given with an int8 cache, and only then
         v_scale: [B, G, L] fp32, contiguous, written beside v_cache
         cos:     [B or 1, T, R] fp32 or dtype of q, the last dimension contiguous, R even and ≤ D: the first R dimensions of
@@ -56,7 +56,7 @@ def kv_attention(
     Returns: [B, T, H, D] dtype of q, contiguous; 0 for a query that sees nothing
     Raises:  TypeError for a dtype, ValueError for a shape, stride, device or value that does not fit; both name the
              argument. Nothing is written then
-    Backends: CPU (AVX2, AVX512); on a GPU and elsewhere plain torch, for now
+    Backends: CPU (AVX2, AVX512); CUDA sm80+, made for 16-bit queries; plain torch elsewhere
     Numerics: error ≤ 2× that of the same in torch's operations in the dtype of q. Rotation, scores, softmax and sums are
              fp32. What the cache gets is that of the reference bit for bit: keys rotated in fp32 and rounded once; int8 as
              int8_quantize rounds, one scale a token and head. Attention sees what the cache holds, of the new tokens
