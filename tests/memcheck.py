@@ -139,6 +139,25 @@ def check_attention(t: int, heads: tuple[int, int, int], kind: torch.dtype, leng
     return 1
 
 
+def check_sample(m: int, v: int, dtype: torch.dtype, device: str) -> int:
+    logits, seen = (torch.randn(m, v) * 3).to(dtype), torch.rand(m, v) < 0.3
+    seed, offset, calls = torch.tensor([1]), torch.tensor([2]), 0
+    for settings in [
+        {"temperature": 0.0},
+        {"top_k": 50, "top_p": 0.9},
+        {"top_p": 0.95},
+        {"top_k": 3000},
+        {"min_p": 0.1},
+    ]:
+        for given in ({}, {"seen": seen, "repetition_penalty": 1.2}):
+            expected = ops.sample(logits, seed, offset, **settings, **given)
+            there = {k: t.to(device) if isinstance(t, torch.Tensor) else t for k, t in given.items()}
+            out = ops.sample(*(t.to(device) for t in (logits, seed, offset)), **settings, **there)
+            assert torch.equal(out.cpu(), expected)
+            calls += 1
+    return calls
+
+
 def main(device: str) -> int:
     torch.manual_seed(0)
     scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
@@ -168,6 +187,8 @@ def main(device: str) -> int:
         calls += check_attention(t, heads, kind, [0, 37, 1100], device)
     for kind in attention_cases.KINDS:  # so many rows that a block takes a group of units
         calls += check_attention(1, (16, 8, 64), kind, [70 * i for i in range(12)], device)
+    for m, v, dtype in product([1, 9], [1, 30, 5003, 20008], DTYPES):
+        calls += check_sample(m, v, dtype, device)
     for (m, n, k), dtype in product(DECODE_SHAPES, DTYPES):
         calls += check_linear(m, n, k, dtype, device)
     for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):

@@ -6,6 +6,7 @@ from matmul_cases import DTYPES, inside_nan
 from sample_cases import SETTINGS, call, expect, ids, one, op, repeat
 
 from fastinfer.ops import sample
+from fastinfer.ops.launch import dependent_launch
 
 # a scalar, odd, a chunk of 16 and one past it, bigger ones
 VOCABULARIES = [1, 2, 7, 16, 17, 33, 1000, 5003]
@@ -55,6 +56,37 @@ def test_takes_large_vocabularies(v, dtype, device, native):
     logits = (torch.randn(2, v, device=device) * 3).to(dtype)
     for settings in ({}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}, {"top_p": 0.95}):
         assert torch.equal(call(logits, **settings), expect(logits, **settings))
+
+
+MANY_KEPT = [
+    {"top_k": 2048},
+    {"top_k": 5000},
+    {"top_k": 3000, "top_p": 0.7},
+    {"top_p": 0.3},
+    {"top_p": 0.999, "min_p": 0.1},
+    {"temperature": 5.0, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize(("b", "v"), [(1, 50257), (6, 20008), (70, 2049)])
+@pytest.mark.parametrize("settings", MANY_KEPT, ids=ids)
+def test_cuts_that_keep_many(settings, b, v, device, native):
+    """Of scores that differ, of 60 distinct ones, of equal ones, and of two, one of which is rare."""
+    logits = torch.randn(b, v, device=device)
+    for scores in (logits, (10 * logits).round() / 10, torch.zeros_like(logits), (logits > 1.5) * 0.25):
+        assert torch.equal(call(scores, **settings), expect(scores, **settings))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("b", "v"), [(130, 2056), (40, 8192), (9, 50257), (1, 128256)])
+def test_greedy_finds_the_first_of_the_likeliest_anywhere(b, v, dtype, device, native):
+    for _ in range(5):
+        logits = torch.randn(b, v, device=device).clamp(max=1).to(dtype)
+        first, later = torch.randint(0, v // 2, (b, 1), device=device), torch.randint(v // 2, v, (b, 1), device=device)
+        logits.scatter_(1, torch.cat([later, first], 1), 3.0)
+        assert torch.equal(call(logits, temperature=0.0), first[:, 0])
+        seen = torch.zeros(b, v, dtype=torch.bool, device=device).scatter_(1, first, True)
+        assert torch.equal(call(logits, temperature=0.0, repetition_penalty=2.0, seen=seen), later[:, 0])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=ids)
@@ -236,14 +268,14 @@ def test_compiles_without_a_graph_break(device, native):
     assert torch.equal(compiled(logits, seed, offset), step(logits, seed, offset))
 
 
-def test_runs_in_a_captured_graph():
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[-2], {"top_p": 0.9}], ids=ids)
+def test_runs_in_a_captured_graph(settings):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    logits, seed, offset = torch.randn(8, 1000, device="cuda"), one(3, "cuda"), one(0, "cuda")
-    settings = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    logits, seed, offset = torch.randn(8, 50000, device="cuda"), one(3, "cuda"), one(0, "cuda")
     expected = [call(logits, 3, step, **settings) for step in range(3)]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), dependent_launch():
         tokens = sample(logits, seed, offset, **settings)
         offset += 1
     for step in range(3):

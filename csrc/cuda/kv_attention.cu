@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
     float product = 0.f;
 #pragma unroll
     for (int i = 0; active && i < 8; ++i) {
-      product = fmaf(q[i], static_cast<float>(static_cast<const Stored*>(args.k_cache)[row + i]), product);
+      product = fmaf(q[i], to_float(static_cast<const Stored*>(args.k_cache)[row + i]), product);
     }
     float score = warp_sum(product) * args.scale;
     if (kInt8) score *= args.k_scale[pair + at];
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
     if (kInt8) weight *= args.v_scale[pair + at];
 #pragma unroll
     for (int i = 0; active && i < 8; ++i) {
-      v[i] = fmaf(weight, static_cast<float>(static_cast<const Stored*>(args.v_cache)[row + i]), v[i] * factor);
+      v[i] = fmaf(weight, to_float(static_cast<const Stored*>(args.v_cache)[row + i]), v[i] * factor);
     }
   }
   if (lane == 0) tops[warp] = top, sums[warp] = sum;

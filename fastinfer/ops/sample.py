@@ -44,8 +44,8 @@ def sample(
         seen:    [B, V] bool, contiguous, or None
     Returns: tokens [B] int64
     Raises:  TypeError for a dtype, ValueError for a shape, device or number that does not fit; both name the argument
-    Backends: CPU (AVX2, AVX512). On CUDA the reference in torch's operations, which never waits for the device and can be
-             captured in a graph; it has no kernel of its own yet
+    Backends: CPU (AVX2, AVX512), CUDA (one launch, in clusters on compute capability 9.0; never waits for the device, can
+             be captured in a graph, starts early inside of dependent_launch); else the reference in torch's operations
     Numerics: the tokens are those of the reference, whatever the backend and the rest of the batch. The weight of a token
              is ⌊2^40 · e^(score − highest)⌋ with an exponential that is spelt out in fp32 operations, each rounded;
              sums of weights are integers, so their order does not matter. top-p removes the least likely while their
