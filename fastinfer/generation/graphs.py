@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,6 +69,12 @@ class CUDAGraphs:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is no error
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with capture, dependent_launch():
-            result = work()
+        collects = gc.isenabled()
+        gc.disable()  # what it would free may call what a capture forbids
+        try:
+            with capture, dependent_launch():
+                result = work()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, result

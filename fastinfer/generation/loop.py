@@ -6,6 +6,7 @@ dropped; and a row that a criterion of the user's finishes is padded one step la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +37,7 @@ class Request:
     config: Any
     streamer: Any
     kwargs: dict[str, Any]
+    started: bool = False  # whether there is a token: from then on it cannot be begun again
 
     def in_their_loop(self) -> Any:
         """Decodes as transformers would have."""
@@ -56,9 +58,7 @@ class Request:
         return self.model._prefill(self.input_ids, self.config, kwargs).logits[:, -1]
 
 
-def whole_step(
-    model_step: ModelStep, session: Session, settings: Settings, eos: torch.Tensor | None, pad: int
-) -> None:
+def whole_step(model_step: ModelStep, session: Session, settings: Settings, eos: torch.Tensor | None, pad: int) -> None:
     """A step from tokens to tokens, nothing on the host."""
     session.take(session.choose(model_part(model_step, session), settings), settings, eos, pad)
 
@@ -66,7 +66,7 @@ def whole_step(
 def model_part(model_step: ModelStep, session: Session) -> torch.Tensor:
     """A step's logits [B, V]."""
     logits = model_step(session.ids, session.cache)[:, -1]
-    session.cache.lengths.add_(1)
+    session.lengths.add_(1)
     return logits
 
 
@@ -93,8 +93,16 @@ class Loop:
         return torch.tensor(sorted(self.stopping.eos), dtype=torch.int64, device=self.session.ids.device)
 
     def run(self, theirs: KVCache | None) -> Any:
-        """Decodes. `theirs`: a cache that the caller keeps; the steps run on a copy, because captured ones need their own."""
+        """Decodes. `theirs` is a cache that the caller keeps: steps run on a copy, since captured ones need their own."""
+        try:
+            return self._run(theirs)
+        except BaseException:
+            self.session.mail.settle()
+            raise
+
+    def _run(self, theirs: KVCache | None) -> Any:
         session = self.session
+        session.mail.open()
         session.cache.crop(-session.cache.filled)
         logits = self.request.prefill(session.cache if theirs is None else theirs)
         if theirs is not None:
@@ -113,6 +121,7 @@ class Loop:
         """How many tokens a row were made, those after the end not counted."""
         mail, step = self.session.mail, self._step()
         self._pick(logits)
+        self.request.started = True
         kept = 0
         while True:
             mail.post(self.made - 1)
@@ -170,7 +179,7 @@ class Loop:
         tokens = self.session.mail.fetch(i)
         if self.stopping.pads:
             tokens.masked_fill_(torch.tensor(self.stopping.done), self.pad)
-        with self.session.mail.aside():
+        with self.session.mail.aside() if self.stopping.others else contextlib.nullcontext():
             late = self.stopping.look(tokens, partial(self._so_far, i + 1))
         if self.request.streamer is not None:
             self.request.streamer.put(tokens)

@@ -80,7 +80,7 @@ class Sampling:
         return cls(
             LogitsProcessorList(kept),
             dataclasses.replace(settings, repetition_penalty=penalty),
-            taken.get("penalty"),  # type: ignore[arg-type]
+            taken.get("penalty"),
         )
 
     def seen(self, ids: torch.Tensor, vocabulary: int, device: torch.device) -> torch.Tensor | None:
