@@ -74,7 +74,9 @@ class Engine:
                 reason = self.step.stale() or refusal(request) or cache_refusal(request, self.step.limit)
                 self.last = reason or "fused"
                 if not reason:
-                    return self._run(request)
+                    result = self._run(request)
+                    self.last = "fused"  # again: a call from inside of it has said something else
+                    return result
             except torch.OutOfMemoryError:
                 if request.started or isinstance(request.kwargs.get(CACHE_NAME), KVCache):
                     raise
