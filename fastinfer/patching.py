@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastinfer.errors import PatchError, Unfusable
+from fastinfer.errors import PatchError
 from fastinfer.generation.cache import KINDS
 from fastinfer.generation.engine import Engine
 from fastinfer.generation.install import generate
@@ -312,25 +312,11 @@ def _merge(merge: Merge, record: _Record) -> bool:
 
 
 def _fuse_step(plan: Plan, record: _Record) -> None:
-    """Reads the decode step of the model as it is now and proves it; where that fails, the report says why."""
-    if plan.generating is None:
-        return
-    reason: str | None
-    try:
-        record.step = DecodeStep.of(plan.generating)
-        if plan.merge_kept:
-            record.step.merge()
-        reason = record.step.prove()
-    except Unfusable as error:
-        reason = str(error)
-    if reason is None:
-        return
-    if record.step is not None:
-        record.step.release()
-        record.step = None
-    record.report.decode_step = f"not fused: {reason}"
-    if not plan.tasks:
-        raise PatchError(f"nothing is replaced in this model, and its decode step is not fused: {reason}")
+    """Fuses the decode step of the model as it is now, where that proves right; the report says what came of it."""
+    if plan.generating is not None:
+        record.step, record.report.decode_step = DecodeStep.proven(plan.generating, plan.merge_kept)
+    if not plan.tasks and record.step is None:
+        raise PatchError(f"nothing is replaced in this model, and its decode step is {record.report.decode_step}")
 
 
 def _sum_up(record: _Record, checkpoint: Checkpoint | None) -> None:

@@ -16,11 +16,10 @@ from fastinfer.generation.step import DecodeStep
 from fastinfer.modules import QuantizedLinear, QuantizedModule
 from fastinfer.recipe import Recipe, Spec
 from fastinfer.reports import Merged, Replaced, Report, Skipped
+from fastinfer.rules import decoder as step_rule
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
-from fastinfer.rules import decoder as step_rule
 from fastinfer.rules import merging
-
 
 RECORD = "_fastinfer"
 """The attribute of a patched model that holds what was done to it."""
@@ -229,7 +228,7 @@ class Planner:
         device = next((p.device for p in plan.generating.parameters()), torch.device("cpu"))
         plan.merge_kept = merging.pays(device) if self.merge is None else self.merge
         try:
-            plan.report.decode_step = f"fused, {len(DecodeStep.of(plan.generating))} layers"
+            plan.report.decode_step = str(DecodeStep.of(plan.generating))
         except Unfusable as error:
             plan.report.decode_step = f"not fused: {error}"
 

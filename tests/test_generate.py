@@ -11,6 +11,7 @@ from architectures import DECODERS, build
 from generating import PROMPT, Replays, late, long, prompts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
@@ -22,6 +23,7 @@ from transformers import (
 import fastinfer
 from fastinfer.generation.cache import KVCache
 from fastinfer.generation.loop import CACHE_NAME
+from fastinfer.generation.support import call_refusal
 
 pytestmark = pytest.mark.models
 
@@ -464,6 +466,37 @@ def test_inference_mode_around_it(pair):
     same(pair, rows=2, max_new_tokens=5)
 
 
+def test_prompts_in_chunks(pair):
+    same(pair, rows=2, padded=True, prefill_chunk_size=4, max_new_tokens=12)
+
+
+def test_inside_a_pipeline(pair):
+    from transformers import pipeline
+
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=letters())("quite a text", max_new_tokens=9, do_sample=False)
+        for model in pair
+    ]
+    assert texts[0] == texts[1]
+    assert fastinfer.report(pair[1]).last_generate == "fused"
+
+
+def test_arguments_that_a_callable_would_lose(pair):
+    """Calls whose arguments transformers hands to its own decoding methods only are left alone."""
+    for options, reason in (
+        ({"synced_gpus": True}, "synced_gpus"),
+        ({"position_ids": torch.zeros(1, 1)}, "position_ids"),
+        ({"token_healing": True}, "token_healing"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
+        ({"num_beams": 3}, "beam"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "beam"),
+    ):
+        assert reason in call_refusal(pair[1], options)
+    for options in ({}, {"synced_gpus": False}, {"num_beams": 1, "do_sample": True}, {"num_return_sequences": 2}):
+        assert not call_refusal(pair[1], options)
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +540,25 @@ def test_the_model_works_after_an_error(pair, place, error, monkeypatch):
     same(pair, rows=3, padded=True, max_new_tokens=20)
 
 
+def test_without_memory_for_the_cache_transformers_loop_decodes(pair, monkeypatch):
+    same(pair, max_new_tokens=20)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastinfer.generation.cache.KVCacheLayer.lazy_initialization", fail)
+        want = pair[0].generate(**prompts(2), max_new_tokens=20)
+        assert torch.equal(pair[1].generate(**prompts(2), max_new_tokens=20), want)
+        assert "out of memory" in fastinfer.report(pair[1]).last_generate
+        with pytest.raises(torch.OutOfMemoryError):
+            pair[1].generate(**prompts(2), max_new_tokens=20, **{CACHE_NAME: KVCache()})
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):  # its tokens have been streamed
+        patch.setattr("fastinfer.generation.loop.Loop._next", fail)
+        pair[1].generate(**prompts(1), max_new_tokens=20, streamer=Streamer())
+    same(pair, rows=2, max_new_tokens=20)
+
+
 def test_generating_inside_a_streamer(pair):
     """The inner call goes to transformers' loop; the outer one is not disturbed."""
     inner = []
@@ -519,6 +571,7 @@ def test_generating_inside_a_streamer(pair):
     want = pair[0].generate(**prompts(1), max_new_tokens=8)
     assert torch.equal(pair[1].generate(**prompts(1), max_new_tokens=8, streamer=Nested()), want)
     assert all(torch.equal(tokens, want[:, : PROMPT + 4]) for tokens in inner) and len(inner) == 9
+    assert fastinfer.report(pair[1]).last_generate == "fused"
 
 
 def test_two_threads_and_two_models(pair):
@@ -653,6 +706,14 @@ def test_quantised_models_decode_in_our_loop(monkeypatch, pace):
         assert fastinfer.report(ours).last_generate == "fused"
         want = type(ours).generate(ours, **prompts(3, True), max_new_tokens=30)
         assert torch.equal(tokens, want)
+
+
+def test_a_cache_that_no_step_reads():
+    """kv_cache has no effect on a model without a fused step: a note, or an error where strict."""
+    model = build("t5")
+    with pytest.raises(fastinfer.PatchError, match="kv_cache='int8' has no effect"):
+        fastinfer.patch(model, kv_cache="int8", strict=True)
+    assert "kv_cache='int8' has no effect" in str(fastinfer.report(fastinfer.patch(model, kv_cache="int8")))
 
 
 def test_encoder_decoders_say_why_not():

@@ -47,11 +47,36 @@ class DecodeStep:
         """The step of a model, found by its structure; nothing is changed. Raises Unfusable with the reason."""
         return cls(model)
 
+    @classmethod
+    def proven(cls, model: nn.Module, merge: bool) -> tuple[DecodeStep | None, str]:
+        """The step of a model after its proof, with float linears merged or not; and in words what came of it."""
+        step = None
+        try:
+            step = cls(model)
+            if merge:
+                step.merge()
+            reason = step.prove()
+        except Unfusable as error:
+            reason = str(error)
+        if reason is None and step is not None:
+            return step, str(step)
+        if step is not None:
+            step.release()
+        return None, f"not fused: {reason}"
+
+    def __str__(self) -> str:
+        return f"fused, {len(self.decoder.layers)} layers"
+
     def _read(self) -> None:
         self.decoder = rule.read(self.model)
         if self._kept is not None:
             self.merge()
         self.watch = Watch(self.model)
+        self._attention = self._implementation()
+
+    def _implementation(self) -> str | None:
+        """Which attention the model's own forward runs; transformers' sdpa leaves a softcap out."""
+        return getattr(self.model.config, "_attn_implementation", None)
 
     def __getstate__(self) -> dict:
         """A copy or a pickle holds the model, and reads it again when it is complete."""
@@ -66,10 +91,6 @@ class DecodeStep:
     @property
     def limit(self) -> int | None:
         return None if self.decoder.positions is None else self.decoder.positions.count
-
-    def __len__(self) -> int:
-        """How many layers it has."""
-        return len(self.decoder.layers)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +112,7 @@ class DecodeStep:
         reason = self.watch.changed()
         if reason is None and torch.is_autocast_enabled(self.decoder.embedding.weight.device.type):
             reason = "autocast is on"
-        if reason is not None or not self.watch.moved():
+        if reason is not None or not (self.watch.moved() or self._attention != self._implementation()):
             return reason
         try:
             self._read()
@@ -120,7 +141,7 @@ class DecodeStep:
             raise ValueError(
                 f"ids must be [B, 1 … {MOST_TOKENS}] beside a cache with content, got {list(ids.shape)} and {cache!r}"
             )
-        decoder, at = self.decoder, _positions(ids, cache)
+        decoder, at = self.decoder, _positions(cache.lengths, cache.starts, ids.shape[1])
         x = self._embed(ids, at)
         rotations = {} if decoder.rotation is None else decoder.rotation.rows(at, cache.capacity)
         context = Context(cache, rotations)
@@ -158,9 +179,7 @@ class DecodeStep:
         return logits
 
 
-def _positions(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def _positions(lengths: torch.Tensor, starts: torch.Tensor | None, count: int) -> torch.Tensor:
     """Positions [B, T] of new tokens in their texts: lengths − starts + t."""
-    at = cache.lengths if cache.starts is None else cache.lengths - cache.starts
-    if ids.shape[1] == 1:
-        return at[:, None]
-    return at[:, None] + torch.arange(ids.shape[1], dtype=at.dtype, device=at.device)
+    at = (lengths if starts is None else lengths - starts)[:, None]
+    return at if count == 1 else at + torch.arange(count, dtype=at.dtype, device=at.device)

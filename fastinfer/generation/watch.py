@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
@@ -15,13 +14,13 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self.modules: list[tuple[str, nn.Module, dict, Any]] = []
-        self.tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        self.tensors: list[tuple[dict, str, int]] = []  # addresses alone: what is moved away is not to be kept alive
         for path, module in model.named_modules():
             self.modules.append((path, module, dict(module._modules), vars(module).get("forward")))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:
-                        self.tensors.append((table, name, tensor, tensor.data_ptr()))
+                        self.tensors.append((table, name, tensor.data_ptr()))
 
     def changed(self) -> str | None:
         """What a fused step would pass over: a module exchanged, a hook, another forward, train mode."""
@@ -39,8 +38,9 @@ class Watch:
         return None
 
     def moved(self) -> bool:
-        """Whether any tensor is another one, or elsewhere in memory."""
-        return any(t.get(name) is not own or own.data_ptr() != ptr for t, name, own, ptr in self.tensors)
+        """Whether any tensor is elsewhere in memory."""
+        tensors = ((table.get(name), address) for table, name, address in self.tensors)
+        return any(tensor is None or tensor.data_ptr() != address for tensor, address in tensors)
 
 
 def _is_recorder(hook: Any) -> bool:

@@ -72,7 +72,7 @@ def read_layer(module: nn.Module, path: str, index: int, config: Any, rotations:
         if read is not None:
             read.done()
     multiplier = float(getattr(module, "residual_multiplier", 1.0))
-    return Layer(attention, feedforward, *norms, parallel=parallel, multiplier=multiplier)
+    return Layer(attention, feedforward, norms[0], norms[1], norms[2], norms[3], parallel, multiplier)
 
 
 def _wire(part: Part, config: Any) -> tuple[list[Norm | None], bool]:
@@ -86,8 +86,10 @@ def _wire(part: Part, config: Any) -> tuple[list[Norm | None], bool]:
             for flag in ("use_parallel_residual", "parallel_attn"):
                 parallel = bool(getattr(owner, flag, parallel))
         return [None if place is None else norms[place] for place in places], parallel
-    raise Unfusable(f"{part.path} has {', '.join(sorted(names)) or 'no norm'} beside attention and feedforward, which is "
-                    "no arrangement that the fused step knows")
+    raise Unfusable(
+        f"{part.path} has {', '.join(sorted(names)) or 'no norm'} beside attention and feedforward, which is "
+        "no arrangement that the fused step knows"
+    )
 
 
 # ---- feedforward ----------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def _read_attention(part: Part, index: int, config: Any, rotations: list[str]) -
     attention.q_norm, attention.k_norm = _read_head_norms(part, attention)
     kind = (getattr(config, "layer_types", None) or [""] * (index + 1))[index]
     attention.window = _window(module, path, kind, config)
-    attention.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
+    if getattr(config, "_attn_implementation", None) != "sdpa":  # there transformers leaves it out, or refuses it
+        attention.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
     attention.rotation = _rotation(module, kind, rotations)
     return attention
 
@@ -161,11 +164,12 @@ def _read_heads(part: Part, index: int, config: Any) -> Attention:
         total = float_rows(linears[0])
         kv_rows = (total - heads * head_dim) // 2
         rows = [heads * head_dim, kv_rows, total - heads * head_dim - kv_rows]
-    if rows[0] != heads * head_dim or rows[1] != rows[2] or rows[1] % head_dim or not rows[1] or heads % (rows[1] // head_dim):
+    groups = rows[1] // head_dim
+    if rows[0] != heads * head_dim or rows[1:] != [groups * head_dim] * 2 or not groups or heads % groups:
         raise Unfusable(f"{part.path} has linears of {rows} rows, which are no {heads} heads of {head_dim}")
     scale = next((s for name in ("scaling", "inv_norm_factor") if (s := getattr(module, name, None)) is not None), None)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return Attention(index, Linears(linears), Linears(linears[:1]), order, heads, rows[1] // head_dim, head_dim, scale)
+    return Attention(index, Linears(linears), Linears(linears[:1]), order, heads, groups, head_dim, scale)
 
 
 def _read_head_norms(part: Part, attention: Attention) -> tuple[Norm | None, Norm | None]:

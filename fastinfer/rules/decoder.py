@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def read(model: Any) -> Decoder:
         None if ends[1] is None else reading.one(ends[1]),
         reading.one(head),
     )
-    _read_logits(decoder, model)
+    _read_logits(decoder, model, config)
     _check_dtypes(decoder)
     return decoder
 
@@ -176,6 +177,8 @@ def _read_rotation(trunk: Part, config: Any) -> Rotation | None:
     for kind in types.values() if isinstance(types, dict) else [types]:
         if any(name in str(kind) for name in LENGTH_DEPENDENT):
             raise Unfusable(f"its rotation ({kind}) changes with the length of the text")
+    if _rotates_pairs(module):
+        raise Unfusable("it rotates interleaved pairs, where the fused step rotates halves")
     by_layer = "layer_type" in inspect.signature(type(module).forward).parameters
     kinds = sorted(set(getattr(config, "layer_types", None) or ())) if by_layer else [""]
     rotation = Rotation(module, kinds)
@@ -183,9 +186,17 @@ def _read_rotation(trunk: Part, config: Any) -> Rotation | None:
     return rotation
 
 
-def _read_logits(decoder: Decoder, model: Any) -> None:
+def _rotates_pairs(module: nn.Module) -> bool:
+    """Whether the function beside a rotary module rotates pairs (0, 1), (2, 3) …; the proof sees it too, but not why."""
+    rotate = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
+    try:
+        return rotate is not None and torch.equal(rotate(torch.arange(4)), torch.tensor([-1, 0, -3, 2]))
+    except Exception:  # another function of that name
+        return False
+
+
+def _read_logits(decoder: Decoder, model: Any, config: Any) -> None:
     """What the model does to its logits."""
-    config = model.config
     decoder.divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     decoder.scale = float(getattr(model, "logit_scale", None) or 1.0)
     decoder.softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
