@@ -1,9 +1,11 @@
 """generate of a patched model: transformers' tokens, from our loop."""
 
 import copy
+import gc
 import pickle
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -639,6 +641,23 @@ def test_capacity_in_buckets(captured):
     assert second.cache.capacity == 512
     same(captured, max_new_tokens=20)
     assert engine(ours).sessions[1, "keep"] is second, "one with more room serves too"
+
+
+def test_what_is_dropped_is_freed(monkeypatch):
+    """At once: the collector might come gigabytes later."""
+    model = long(monkeypatch, "llama")
+    ours = patched(model)
+    gc.disable()
+    try:
+        ours.generate(**prompts(1), max_new_tokens=4)
+        first = weakref.ref(engine(ours).sessions[1, "keep"])
+        ours.generate(**prompts(1), max_length=300, eos_token_id=int(model.generate(**prompts(1))[0, PROMPT]))
+        second = weakref.ref(engine(ours).sessions[1, "keep"])
+        assert first() is None and second() is not None
+        fastinfer.unpatch(ours)
+        assert second() is None
+    finally:
+        gc.enable()
 
 
 def test_few_sessions_and_steps_stay(captured):

@@ -55,10 +55,10 @@ class Request:
         """Runs the prompt through the model into the cache; logits [B, V] of its last position."""
         cache.set_padding(self.kwargs.get("attention_mask"))
         kwargs = self.kwargs | {CACHE_NAME: cache}
-        return self.model._prefill(self.input_ids, self.config, kwargs).logits[:, -1]
+        return self.model._prefill(self.input_ids, self.config, kwargs).logits[:, -1].clone()  # not all of them
 
 
-def whole_step(model_step: ModelStep, session: Session, settings: Settings, eos: torch.Tensor | None, pad: int) -> None:
+def whole_step(model_step: ModelStep, settings: Settings, eos: torch.Tensor | None, pad: int, session: Session) -> None:
     """A step from tokens to tokens, nothing on the host."""
     session.take(session.choose(model_part(model_step, session), settings), settings, eos, pad)
 
@@ -143,13 +143,13 @@ class Loop:
 
     def _step(self) -> Step:
         if not self._whole:
-            return self.session.step("logits", partial(model_part, self.model_step, self.session))
-        key = (self.sampling.settings, self.stopping.eos, self.pad, self.eos is None)
-        work = partial(whole_step, self.model_step, self.session, self.sampling.settings, self.eos, self.pad)
-        return self.session.step(key, work)
+            return self.session.step("logits", partial(model_part, self.model_step))
+        settings = self.sampling.settings
+        key = (settings, None if self.eos is None else (self.stopping.eos, self.pad))
+        return self.session.step(key, partial(whole_step, self.model_step, settings, self.eos, self.pad))
 
     def _next(self, step: Step) -> None:
-        result = step()
+        result = step(self.session)
         self.session.cache.advance(1)
         if self._whole:
             self.made += 1
@@ -177,7 +177,7 @@ class Loop:
     def _look(self, i: int) -> bool:
         """Takes in the tokens of step i; whether all rows are finished."""
         tokens = self.session.mail.fetch(i)
-        if self.stopping.pads:
+        if self.stopping.pads and any(self.stopping.done):
             tokens.masked_fill_(torch.tensor(self.stopping.done), self.pad)
         with self.session.mail.aside() if self.stopping.others else contextlib.nullcontext():
             late = self.stopping.look(tokens, partial(self._so_far, i + 1))

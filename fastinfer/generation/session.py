@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
 from fastinfer.generation.cache import KVCache
 from fastinfer.generation.cache_layer import BUFFERS
-from fastinfer.generation.graphs import Recorder, Step, Work
+from fastinfer.generation.graphs import Recorder, Step
 from fastinfer.generation.mail import Mail
 from fastinfer.generation.sampling import Settings
 
@@ -74,7 +75,7 @@ class Session:
         tensors = [getattr(layer, name) for layer in cache.layers for name in BUFFERS]
         return tuple(None if t is None else t.data_ptr() for t in [*tensors, cache.lengths])
 
-    def step(self, key: Hashable, work: Work) -> Step:
+    def step(self, key: Hashable, work: Callable[[Session], Any]) -> Step:
         """The captured step of that key, or a new one that does `work`; the ones that were not used for longest go."""
         starts = self.cache.starts
         key = (key, None if starts is None else starts.data_ptr())
