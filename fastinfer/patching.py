@@ -16,10 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from fastinfer.errors import PatchError
+from fastinfer.generation.cache import KINDS
+from fastinfer.generation.engine import Engine
+from fastinfer.generation.install import generate
 from fastinfer.generation.step import DecodeStep
+from fastinfer.generation.support import model_refusal
+from fastinfer.hooks import adopt, move_accelerate_hook
 from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks
 from fastinfer.modules.siblings import Siblings
 from fastinfer.originals import Checkpoint, Held, InCheckpoint
+from fastinfer.overrides import REFUSING, load_state_dict
 from fastinfer.planning import RECORD, Merge, Plan, Planner, Task, check_patchable, slots_of
 from fastinfer.recipe import Recipe
 from fastinfer.reports import Report
@@ -39,6 +45,7 @@ def patch(
     method: str | None = None,
     activations: str | None = None,
     merge: bool | None = None,
+    kv_cache: str = "keep",
     strict: bool = False,
     dry_run: bool = False,
     reversible: bool = True,
@@ -53,6 +60,7 @@ def patch(
         activations: "keep" | "int8" (with int8 weights); by default int8 for encoders, keep for causal models
         merge:       linears that a block calls on one input (query, key, value; gate, up) run as one matmul; by default
                      on CUDA, where it saves launches
+        kv_cache:    how `generate` keeps keys and values: "keep" | "int8" (a scale a token and head)
         strict:      raise where something that the recipe asks for stays, or where no fast kernels are there
         dry_run:     change nothing and return the Report of what would be done
         reversible:  keep the originals for `unpatch`: in the model's checkpoint where it holds them bit for bit,
@@ -67,12 +75,14 @@ def patch(
     """
     inner = _unwrap(model)
     recipe = Recipe.of(weights, group_size=group_size, method=method, activations=activations)
+    if kv_cache not in KINDS:
+        raise ValueError(f"kv_cache must be one of {', '.join(map(repr, KINDS))}, got {kv_cache!r}")
     with _lock, torch.inference_mode(False), torch.no_grad():
         check_patchable(inner)
         plan = Planner(inner, recipe, strict, merge).run()
         if dry_run:
             return plan.report
-        _carry_out(inner, plan, reversible)
+        _carry_out(inner, plan, reversible, kv_cache, strict)
     return model
 
 
@@ -98,6 +108,8 @@ def report(model: nn.Module) -> Report:
     """What `patch` did to this model. Raises PatchError where it is not patched."""
     record = _record(_unwrap(model))
     record.note_idle()
+    if record.engine is not None:
+        record.report.last_generate = record.engine.last
     return record.report
 
 
@@ -173,6 +185,7 @@ class _Record:
     overridden: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     merged: list[tuple[Merge, Siblings]] = dataclasses.field(default_factory=list)
     step: DecodeStep | None = None
+    engine: Engine | None = None
 
     def note_idle(self) -> None:
         """Brings the report up to date with blocks that turned out to call their linears on different inputs."""
@@ -216,7 +229,7 @@ class _Record:
     def _put_back(swap: _Swap, slots: dict) -> None:
         """The old module into the slot it came from, or to where its replacement sits now (inside an adapter, say)."""
         old, new = swap.old, swap.new
-        _move_accelerate_hook(new, old)
+        move_accelerate_hook(new, old)
         if "bias" in old._parameters:
             old._parameters["bias"] = new._parameters.get("bias")
         old._is_full_backward_hook = new._is_full_backward_hook
@@ -237,7 +250,7 @@ def _record(model: nn.Module) -> _Record:
 # --- doing
 
 
-def _carry_out(model: nn.Module, plan: Plan, reversible: bool) -> None:
+def _carry_out(model: nn.Module, plan: Plan, reversible: bool, kv_cache: str, strict: bool) -> None:
     """Does what the plan says; restores the model where anything fails."""
     started = time.perf_counter()
     report = plan.report
@@ -256,6 +269,7 @@ def _carry_out(model: nn.Module, plan: Plan, reversible: bool) -> None:
         report.merged = [merge.row() for merge in plan.merges if _merge(merge, record)]
         _fuse_step(plan, record)
         _override_methods(model, record)
+        _wrap_generate(plan, record, kv_cache, strict)
         _sum_up(record, checkpoint)
         report.seconds = time.perf_counter() - started
     except BaseException:
@@ -279,7 +293,7 @@ def _replace(task: Task, slots: dict, record: _Record, checkpoint: Checkpoint | 
         for parent, name in slots[old]:
             record.swaps.append(_Swap(parent, name, old, new))
             parent._modules[name] = new
-        _adopt(old, new)
+        adopt(old, new)
     record.taken.append(_TakenWeight([old for old, _ in pairs], original, first))
     record.report.replaced.append(replaced)
 
@@ -318,77 +332,36 @@ def _sum_up(record: _Record, checkpoint: Checkpoint | None) -> None:
         report.notes.append(checkpoint.trouble)
 
 
-HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-def _adopt(old: nn.Module, new: nn.Module) -> None:
-    """Hands a module's hooks and marks over. The hook tables are shared, so that removing a hook works on both."""
-    for table in HOOK_TABLES:
-        setattr(new, table, getattr(old, table))
-    new._is_full_backward_hook = old._is_full_backward_hook
-    _move_accelerate_hook(old, new)
-    vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new) and key != "forward"})
-
-
-def _move_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
-    """accelerate's hooks wrap the forward of one module: they are taken off and put on again, never copied."""
-    hook = getattr(source, "_hf_hook", None)
-    if hook is None:
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(source)
-    vars(source).pop("forward", None)
-    try:
-        add_hook_to_module(target, hook)
-    except BaseException:
-        add_hook_to_module(source, hook)
-        raise
-
-
 def _override_methods(model: nn.Module, record: _Record) -> None:
     """Methods that would do harm to a patched model refuse, or check first."""
     from transformers import PreTrainedModel
 
-    overrides = [(model, "load_state_dict", _load_state_dict)]
+    overrides = [(model, "load_state_dict", load_state_dict)]
     for module in model.modules() if record.swaps else ():
         if isinstance(module, PreTrainedModel):
             overrides += [(module, name, method) for name, method in REFUSING.items()]
     for module, name, method in overrides:
-        before = {name: vars(module)[name]} if name in vars(module) else {}
-        record.overridden.append((module, name, before))
-        setattr(module, name, partial(method, module))  # unlike a bound method, this can be pickled
+        _override(module, name, partial(method, module), record)  # unlike a bound method, this can be pickled
 
 
-def _load_state_dict(self: nn.Module, state_dict: Mapping, *args, **kwargs):
-    """load_state_dict that checks every quantised entry before any is copied."""
-    for path, module in self.named_modules():
-        if isinstance(module, QuantizedModule):
-            module.check_state_dict(state_dict, f"{path}." if path else "")
-    return type(self).load_state_dict(self, state_dict, *args, **kwargs)
+def _override(module: nn.Module, name: str, method: Any, record: _Record) -> None:
+    before = {name: vars(module)[name]} if name in vars(module) else {}
+    record.overridden.append((module, name, before))
+    setattr(module, name, method)
 
 
-def _refuse_save(self: nn.Module, *args, **kwargs):
-    raise PatchError(
-        "save_pretrained on a patched model would write int8 and int4 tensors that from_pretrained cannot read: "
-        "save it before patching, or call fastinfer.unpatch first; state_dict() holds the quantised tensors"
-    )
-
-
-def _refuse_resize(self: nn.Module, *args, **kwargs):
-    raise PatchError("resize_token_embeddings needs the original weights: unpatch, resize, patch again")
-
-
-REFUSING = {"save_pretrained": _refuse_save, "resize_token_embeddings": _refuse_resize}
+def _wrap_generate(plan: Plan, record: _Record, kv_cache: str, strict: bool) -> None:
+    """Has `generate` of the model whose decode step is fused run our loop; where it cannot, the report says why."""
+    model, step = plan.generating, record.step
+    reason = "its decode step is not fused" if step is None else model_refusal(model)
+    if model is not None and step is not None and not reason:
+        record.engine = Engine(model, step, kv_cache)
+        _override(model, "generate", partial(generate, model, record.engine), record)
+        return
+    if kv_cache != "keep":
+        note = f"kv_cache={kv_cache!r} has no effect: {reason}"
+        if strict:
+            raise PatchError(f"strict: {note}")
+        record.report.notes.append(note)
+    if step is not None:
+        record.report.last_generate = f"always in transformers' loop: {reason}"

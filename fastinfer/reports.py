@@ -54,6 +54,8 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     decode_step: str = ""
     """"fused, N layers", or why the forward of one token stays the model's own; empty where nothing is generated."""
+    last_generate: str = ""
+    """"fused", or why the last `generate` ran in transformers' own loop; empty before the first."""
     backend: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
@@ -86,6 +88,7 @@ class Report:
             originals = "dry run: nothing was changed"
         notes = [f"note: {note}" for note in self.notes]
         notes += [f"decode step: {self.decode_step}"] if self.decode_step else []
+        notes += [f"last generate: {self.last_generate}"] if self.last_generate else []
         lines = [head, originals, *notes, ""]
         lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
         for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):

@@ -32,7 +32,15 @@ ENCODERS = {
 }
 DECODERS = {
     "gpt2": lambda: t.GPT2LMHeadModel(
-        t.GPT2Config(vocab_size=131, n_embd=64, n_layer=2, n_head=4, n_positions=SMALL["max_position_embeddings"], bos_token_id=1, eos_token_id=2)
+        t.GPT2Config(
+            vocab_size=131,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=SMALL["max_position_embeddings"],
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ),
     "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=32)),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),

@@ -96,7 +96,9 @@ class Replays:
                 with Log() as log:
                     value = work()
                 first[:] = first or log.calls
-                assert log.calls == first, next(pair for pair in zip(log.calls, first, strict=False) if pair[0] != pair[1])
+                assert log.calls == first, next(
+                    pair for pair in zip(log.calls, first, strict=False) if pair[0] != pair[1]
+                )
             else:
                 value = work()
             if isinstance(value, torch.Tensor):

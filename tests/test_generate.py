@@ -1,9 +1,11 @@
 """generate of a patched model: transformers' tokens, from our loop."""
 
 import copy
+import gc
 import pickle
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from architectures import DECODERS, build
 from generating import PROMPT, Replays, late, long, prompts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
@@ -22,6 +25,7 @@ from transformers import (
 import fastinfer
 from fastinfer.generation.cache import KVCache
 from fastinfer.generation.loop import CACHE_NAME
+from fastinfer.generation.support import call_refusal
 
 pytestmark = pytest.mark.models
 
@@ -162,7 +166,7 @@ def test_max_time(pair):
     assert same(pair, max_time=0.0, max_new_tokens=30).shape[1] == PROMPT + 1
     started = time.perf_counter()
     ours = pair[1].generate(**prompts(1), max_time=0.05, max_new_tokens=240)
-    assert PROMPT < ours.shape[1] and time.perf_counter() - started < 30
+    assert ours.shape[1] > PROMPT and time.perf_counter() - started < 30
 
 
 class Criterion(StoppingCriteria):
@@ -184,9 +188,7 @@ def test_criteria_of_users(pair, rows, extra):
     for model in pair:
         criterion = Criterion(PROMPT + 12, PROMPT + 4, PROMPT + 7)
         given = prompts(rows, padded=True)
-        ids = model.generate(
-            **given, stopping_criteria=StoppingCriteriaList([criterion]), max_new_tokens=30, **extra
-        )
+        ids = model.generate(**given, stopping_criteria=StoppingCriteriaList([criterion]), max_new_tokens=30, **extra)
         seen.append((ids, criterion.calls))
     (theirs, their_calls), (ours, our_calls) = seen
     assert torch.equal(theirs, ours) and ours.shape[1] == PROMPT + 12
@@ -333,9 +335,11 @@ def test_samples_have_transformers_distribution(pair, settings, custom):
     extra = {"logits_processor": LogitsProcessorList([Shift()])} if custom else {}
     given = prompts(1)
     options = {"do_sample": True, **settings}
-    scores = pair[0].generate(
-        **given, **options, **extra, max_new_tokens=1, return_dict_in_generate=True, output_scores=True
-    ).scores[0]
+    scores = (
+        pair[0]
+        .generate(**given, **options, **extra, max_new_tokens=1, return_dict_in_generate=True, output_scores=True)
+        .scores[0]
+    )
     probabilities = scores[0].softmax(-1).double()
     ours = pair[1].generate(**given, **options, **extra, max_new_tokens=2, num_return_sequences=rows)
     assert fastinfer.report(pair[1]).last_generate == "fused"
@@ -343,9 +347,11 @@ def test_samples_have_transformers_distribution(pair, settings, custom):
     first = ours[:, PROMPT].mode().values
     after = ours[ours[:, PROMPT] == first]
     prompt = after[:1, : PROMPT + 1]
-    scores = pair[0].generate(
-        prompt, **options, **extra, max_new_tokens=1, return_dict_in_generate=True, output_scores=True
-    ).scores[0]
+    scores = (
+        pair[0]
+        .generate(prompt, **options, **extra, max_new_tokens=1, return_dict_in_generate=True, output_scores=True)
+        .scores[0]
+    )
     check_frequencies(after[:, -1], scores[0].softmax(-1).double())
 
 
@@ -462,6 +468,37 @@ def test_inference_mode_around_it(pair):
     same(pair, rows=2, max_new_tokens=5)
 
 
+def test_prompts_in_chunks(pair):
+    same(pair, rows=2, padded=True, prefill_chunk_size=4, max_new_tokens=12)
+
+
+def test_inside_a_pipeline(pair):
+    from transformers import pipeline
+
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=letters())("quite a text", max_new_tokens=9, do_sample=False)
+        for model in pair
+    ]
+    assert texts[0] == texts[1]
+    assert fastinfer.report(pair[1]).last_generate == "fused"
+
+
+def test_arguments_that_a_callable_would_lose(pair):
+    """Calls whose arguments transformers hands to its own decoding methods only are left alone."""
+    for options, reason in (
+        ({"synced_gpus": True}, "synced_gpus"),
+        ({"position_ids": torch.zeros(1, 1)}, "position_ids"),
+        ({"token_healing": True}, "token_healing"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
+        ({"num_beams": 3}, "beam"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "beam"),
+    ):
+        assert reason in call_refusal(pair[1], options)
+    for options in ({}, {"synced_gpus": False}, {"num_beams": 1, "do_sample": True}, {"num_return_sequences": 2}):
+        assert not call_refusal(pair[1], options)
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +542,25 @@ def test_the_model_works_after_an_error(pair, place, error, monkeypatch):
     same(pair, rows=3, padded=True, max_new_tokens=20)
 
 
+def test_without_memory_for_the_cache_transformers_loop_decodes(pair, monkeypatch):
+    same(pair, max_new_tokens=20)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastinfer.generation.cache.KVCacheLayer.lazy_initialization", fail)
+        want = pair[0].generate(**prompts(2), max_new_tokens=20)
+        assert torch.equal(pair[1].generate(**prompts(2), max_new_tokens=20), want)
+        assert "out of memory" in fastinfer.report(pair[1]).last_generate
+        with pytest.raises(torch.OutOfMemoryError):
+            pair[1].generate(**prompts(2), max_new_tokens=20, **{CACHE_NAME: KVCache()})
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):  # its tokens have been streamed
+        patch.setattr("fastinfer.generation.loop.Loop._next", fail)
+        pair[1].generate(**prompts(1), max_new_tokens=20, streamer=Streamer())
+    same(pair, rows=2, max_new_tokens=20)
+
+
 def test_generating_inside_a_streamer(pair):
     """The inner call goes to transformers' loop; the outer one is not disturbed."""
     inner = []
@@ -517,6 +573,7 @@ def test_generating_inside_a_streamer(pair):
     want = pair[0].generate(**prompts(1), max_new_tokens=8)
     assert torch.equal(pair[1].generate(**prompts(1), max_new_tokens=8, streamer=Nested()), want)
     assert all(torch.equal(tokens, want[:, : PROMPT + 4]) for tokens in inner) and len(inner) == 9
+    assert fastinfer.report(pair[1]).last_generate == "fused"
 
 
 def test_two_threads_and_two_models(pair):
@@ -564,7 +621,7 @@ def test_steps_are_captured_once_and_reused(captured):
 
 
 def test_a_step_does_the_same_each_time(captured, monkeypatch):
-    """The operations of a replay, their tensors and their numbers are those of the first: all that changes is on the device."""
+    """A replay's operations, with their tensors and numbers, are those of the first: all that changes is on the device."""
     monkeypatch.setattr(Replays, "strict", True)
     same(captured, rows=2, padded=True, max_new_tokens=30)
     same(captured, rows=2, padded=True, max_new_tokens=30, eos_token_id=2)
@@ -584,6 +641,23 @@ def test_capacity_in_buckets(captured):
     assert second.cache.capacity == 512
     same(captured, max_new_tokens=20)
     assert engine(ours).sessions[1, "keep"] is second, "one with more room serves too"
+
+
+def test_what_is_dropped_is_freed(monkeypatch):
+    """At once: the collector might come gigabytes later."""
+    model = long(monkeypatch, "llama")
+    ours = patched(model)
+    gc.disable()
+    try:
+        ours.generate(**prompts(1), max_new_tokens=4)
+        first = weakref.ref(engine(ours).sessions[1, "keep"])
+        ours.generate(**prompts(1), max_length=300, eos_token_id=int(model.generate(**prompts(1))[0, PROMPT]))
+        second = weakref.ref(engine(ours).sessions[1, "keep"])
+        assert first() is None and second() is not None
+        fastinfer.unpatch(ours)
+        assert second() is None
+    finally:
+        gc.enable()
 
 
 def test_few_sessions_and_steps_stay(captured):
@@ -651,6 +725,14 @@ def test_quantised_models_decode_in_our_loop(monkeypatch, pace):
         assert fastinfer.report(ours).last_generate == "fused"
         want = type(ours).generate(ours, **prompts(3, True), max_new_tokens=30)
         assert torch.equal(tokens, want)
+
+
+def test_a_cache_that_no_step_reads():
+    """kv_cache has no effect on a model without a fused step: a note, or an error where strict."""
+    model = build("t5")
+    with pytest.raises(fastinfer.PatchError, match="kv_cache='int8' has no effect"):
+        fastinfer.patch(model, kv_cache="int8", strict=True)
+    assert "kv_cache='int8' has no effect" in str(fastinfer.report(fastinfer.patch(model, kv_cache="int8")))
 
 
 def test_encoder_decoders_say_why_not():

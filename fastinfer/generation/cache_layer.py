@@ -30,6 +30,7 @@ class Shared:
         self.filled = 0
         self.lengths: torch.Tensor | None = None
         self.starts: torch.Tensor | None = None
+        self._padding: torch.Tensor | None = None  # where `starts` was last
 
     def make_room(self, positions: int) -> None:
         """Raises the capacity for appending; each layer follows as it is written."""
@@ -47,11 +48,16 @@ class Shared:
                 self.lengths = torch.full((batch,), self.filled, dtype=torch.int32, device=device)
 
     def pad(self, starts: torch.Tensor | None) -> None:
-        if starts is None or self.starts is None or starts.shape != self.starts.shape:
+        if starts is None:
+            self.starts = None
+            return
+        at = self._padding
+        if at is None or at.shape != starts.shape or at.device != starts.device:
             with torch.inference_mode(False):
-                self.starts = None if starts is None else starts.clone()
+                self._padding = starts.clone()
         else:
-            self.starts.copy_(starts)  # at the same address, which a captured graph may hold
+            at.copy_(starts)  # at the same address, which a captured graph may hold
+        self.starts = self._padding
 
 
 class Stored(torch.autograd.Function):

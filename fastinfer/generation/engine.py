@@ -20,7 +20,6 @@ from fastinfer.generation.session import Session, bucket
 from fastinfer.generation.support import cache_refusal, positions_of, refusal
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """How a kind of device hands tokens to the host, and what captures its steps."""
@@ -45,7 +44,7 @@ class Engine:
 
     def __init__(self, model: Any, step: Any, kind: str):
         self.model, self.step, self.kind = model, step, kind
-        self.last: str | None = None  # why the last call was not decoded here; "" if it was; None before the first
+        self.last = ""  # "fused", or why the last call was not decoded here
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -72,9 +71,17 @@ class Engine:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             self.holder = threading.get_ident()
             try:
-                self.last = self.step.stale() or refusal(request) or cache_refusal(request, self.step.limit)
-                if not self.last:
-                    return self._run(request)
+                reason = self.step.stale() or refusal(request) or cache_refusal(request, self.step.limit)
+                self.last = reason or "fused"
+                if not reason:
+                    result = self._run(request)
+                    self.last = "fused"  # again: a call from inside of it has said something else
+                    return result
+            except torch.OutOfMemoryError:
+                if request.started or isinstance(request.kwargs.get(CACHE_NAME), KVCache):
+                    raise
+                self.sessions.clear()
+                self.last = f"out of memory with a cache for {positions_of(request)} positions"
             finally:
                 self.holder = None
         return request.in_their_loop()

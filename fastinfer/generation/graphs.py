@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,24 +27,25 @@ class Recorder(Protocol):
 class Step:
     """Work whose inputs, outputs and state are tensors that stay: run as it is the first time, then captured, then replayed.
 
-    The first run is a real one, so that warming up costs no step. Without a recorder it runs as it is each time.
+    The first run is a real one, so that warming up costs no step. Without a recorder it runs as it is each time. Its
+    arguments have to be the same objects at each call: it does not keep them, since what they are may hold the step.
     """
 
-    def __init__(self, work: Work, recorder: Recorder | None = None):
+    def __init__(self, work: Callable, recorder: Recorder | None = None):
         self.work, self.recorder = work, recorder
         self.warm = False
         self.replay: Callable[[], None] | None = None
         self.result: Any = None
 
-    def __call__(self) -> Any:
+    def __call__(self, *args: Any) -> Any:
         if self.recorder is None:
-            return self.work()
+            return self.work(*args)
         if not self.warm:
-            result = self.recorder.warm(self.work)
+            result = self.recorder.warm(partial(self.work, *args))
             self.warm = True
             return result
         if self.replay is None:
-            self.replay, self.result = self.recorder.record(self.work)
+            self.replay, self.result = self.recorder.record(partial(self.work, *args))
         self.replay()
         return self.result
 
@@ -68,6 +71,12 @@ class CUDAGraphs:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is no error
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with capture, dependent_launch():
-            result = work()
+        collects = gc.isenabled()
+        gc.disable()  # what it would free may call what a capture forbids
+        try:
+            with capture, dependent_launch():
+                result = work()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, result

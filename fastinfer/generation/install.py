@@ -20,8 +20,9 @@ def generate(self: Any, engine: Engine, *args, **kwargs) -> Any:
     own = type(self).generate
     bound = inspect.signature(own).bind(self, *args, **kwargs).arguments
     given = bound | bound.get("kwargs", {})
-    engine.last = call_refusal(self, given)
-    if engine.last:
+    reason = call_refusal(self, given)
+    if reason:
+        engine.last = reason
         return own(self, *args, **kwargs)
     del given["self"]
     given.pop("kwargs", None)
@@ -40,9 +41,7 @@ def decode(
     **model_kwargs: Any,
 ) -> Any:
     """What transformers' `generate` calls as its `custom_generate`. It hands a callable no streamer, hence the binding."""
-    request = Request(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-    )
+    request = Request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
     return engine.decode(request)
 
 

@@ -6,6 +6,7 @@ dropped; and a row that a criterion of the user's finishes is padded one step la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +37,7 @@ class Request:
     config: Any
     streamer: Any
     kwargs: dict[str, Any]
+    started: bool = False  # whether there is a token: from then on it cannot be begun again
 
     def in_their_loop(self) -> Any:
         """Decodes as transformers would have."""
@@ -53,12 +55,10 @@ class Request:
         """Runs the prompt through the model into the cache; logits [B, V] of its last position."""
         cache.set_padding(self.kwargs.get("attention_mask"))
         kwargs = self.kwargs | {CACHE_NAME: cache}
-        return self.model._prefill(self.input_ids, self.config, kwargs).logits[:, -1]
+        return self.model._prefill(self.input_ids, self.config, kwargs).logits[:, -1].clone()  # not all of them
 
 
-def whole_step(
-    model_step: ModelStep, session: Session, settings: Settings, eos: torch.Tensor | None, pad: int
-) -> None:
+def whole_step(model_step: ModelStep, settings: Settings, eos: torch.Tensor | None, pad: int, session: Session) -> None:
     """A step from tokens to tokens, nothing on the host."""
     session.take(session.choose(model_part(model_step, session), settings), settings, eos, pad)
 
@@ -66,7 +66,7 @@ def whole_step(
 def model_part(model_step: ModelStep, session: Session) -> torch.Tensor:
     """A step's logits [B, V]."""
     logits = model_step(session.ids, session.cache)[:, -1]
-    session.cache.lengths.add_(1)
+    session.lengths.add_(1)
     return logits
 
 
@@ -93,8 +93,16 @@ class Loop:
         return torch.tensor(sorted(self.stopping.eos), dtype=torch.int64, device=self.session.ids.device)
 
     def run(self, theirs: KVCache | None) -> Any:
-        """Decodes. `theirs`: a cache that the caller keeps; the steps run on a copy, because captured ones need their own."""
+        """Decodes. `theirs` is a cache that the caller keeps: steps run on a copy, since captured ones need their own."""
+        try:
+            return self._run(theirs)
+        except BaseException:
+            self.session.mail.settle()
+            raise
+
+    def _run(self, theirs: KVCache | None) -> Any:
         session = self.session
+        session.mail.open()
         session.cache.crop(-session.cache.filled)
         logits = self.request.prefill(session.cache if theirs is None else theirs)
         if theirs is not None:
@@ -113,6 +121,7 @@ class Loop:
         """How many tokens a row were made, those after the end not counted."""
         mail, step = self.session.mail, self._step()
         self._pick(logits)
+        self.request.started = True
         kept = 0
         while True:
             mail.post(self.made - 1)
@@ -134,13 +143,13 @@ class Loop:
 
     def _step(self) -> Step:
         if not self._whole:
-            return self.session.step("logits", partial(model_part, self.model_step, self.session))
-        key = (self.sampling.settings, self.stopping.eos, self.pad, self.eos is None)
-        work = partial(whole_step, self.model_step, self.session, self.sampling.settings, self.eos, self.pad)
-        return self.session.step(key, work)
+            return self.session.step("logits", partial(model_part, self.model_step))
+        settings = self.sampling.settings
+        key = (settings, None if self.eos is None else (self.stopping.eos, self.pad))
+        return self.session.step(key, partial(whole_step, self.model_step, settings, self.eos, self.pad))
 
     def _next(self, step: Step) -> None:
-        result = step()
+        result = step(self.session)
         self.session.cache.advance(1)
         if self._whole:
             self.made += 1
@@ -168,9 +177,9 @@ class Loop:
     def _look(self, i: int) -> bool:
         """Takes in the tokens of step i; whether all rows are finished."""
         tokens = self.session.mail.fetch(i)
-        if self.stopping.pads:
+        if self.stopping.pads and any(self.stopping.done):
             tokens.masked_fill_(torch.tensor(self.stopping.done), self.pad)
-        with self.session.mail.aside():
+        with self.session.mail.aside() if self.stopping.others else contextlib.nullcontext():
             late = self.stopping.look(tokens, partial(self._so_far, i + 1))
         if self.request.streamer is not None:
             self.request.streamer.put(tokens)

@@ -30,8 +30,14 @@ class Mail:
         """Work in here waits for the steps that were fetched, but not for later ones."""
         return contextlib.nullcontext()
 
+    def open(self) -> None:
+        """Work on the device from here on waits for that of the call before, which another stream may have."""
+
     def close(self) -> None:
-        """Later work on the device waits for what is still on its way."""
+        """Says that a call has enqueued all of its work."""
+
+    def settle(self) -> None:
+        """Waits until the device does nothing for this call any more, before its buffers go."""
 
 
 class PinnedMail(Mail):
@@ -43,7 +49,7 @@ class PinnedMail(Mail):
         super().__init__(history)
         self.stream = torch.cuda.Stream(history.device)
         self.slots = torch.empty(2, history.shape[1], dtype=history.dtype, pin_memory=True)
-        self.made = torch.cuda.Event()
+        self.made, self.closed = torch.cuda.Event(), torch.cuda.Event()
         self.copied = [torch.cuda.Event(), torch.cuda.Event()]
 
     def post(self, i: int) -> None:
@@ -60,5 +66,13 @@ class PinnedMail(Mail):
     def aside(self) -> AbstractContextManager:
         return torch.cuda.stream(self.stream)
 
+    def open(self) -> None:
+        torch.cuda.current_stream(self.history.device).wait_event(self.closed)
+
     def close(self) -> None:
-        torch.cuda.current_stream(self.history.device).wait_stream(self.stream)
+        current = torch.cuda.current_stream(self.history.device)
+        current.wait_stream(self.stream)
+        self.closed.record(current)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.history.device)

@@ -44,7 +44,17 @@ class Settings:
     def sample(
         self, logits: torch.Tensor, seed: torch.Tensor, offset: torch.Tensor, seen: torch.Tensor | None
     ) -> torch.Tensor:
-        return ops.sample(logits, seed, offset, **dataclasses.asdict(self), seen=seen)
+        return ops.sample(
+            logits,
+            seed,
+            offset,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seen=seen,
+        )
 
 
 @dataclasses.dataclass
@@ -80,7 +90,7 @@ class Sampling:
         return cls(
             LogitsProcessorList(kept),
             dataclasses.replace(settings, repetition_penalty=penalty),
-            taken.get("penalty"),  # type: ignore[arg-type]
+            taken.get("penalty"),
         )
 
     def seen(self, ids: torch.Tensor, vocabulary: int, device: torch.device) -> torch.Tensor | None:

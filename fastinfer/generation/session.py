@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
 from fastinfer.generation.cache import KVCache
-from fastinfer.generation.graphs import Recorder, Step, Work
+from fastinfer.generation.cache_layer import BUFFERS
+from fastinfer.generation.graphs import Recorder, Step
 from fastinfer.generation.mail import Mail
 from fastinfer.generation.sampling import Settings
 
-BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 STEPS = 8  # captured steps that a session keeps: one for each set of sampling settings, say
 SMALLEST = 256
 
@@ -64,7 +65,7 @@ class Session:
             self.seen.copy_(seen)
         elif seen is not None:
             self.seen = seen
-        addresses = (self._addresses(self.cache), self.seen is not None and self.seen.data_ptr())
+        addresses = self._addresses(self.cache)
         if addresses != self.addresses:
             self.steps.clear()
             self.addresses = addresses
@@ -74,7 +75,7 @@ class Session:
         tensors = [getattr(layer, name) for layer in cache.layers for name in BUFFERS]
         return tuple(None if t is None else t.data_ptr() for t in [*tensors, cache.lengths])
 
-    def step(self, key: Hashable, work: Work) -> Step:
+    def step(self, key: Hashable, work: Callable[[Session], Any]) -> Step:
         """The captured step of that key, or a new one that does `work`; the ones that were not used for longest go."""
         starts = self.cache.starts
         key = (key, None if starts is None else starts.data_ptr())
@@ -83,6 +84,12 @@ class Session:
         while len(self.steps) > STEPS:
             self.steps.popitem(last=False)
         return found
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] int32, the positions that the cache has filled, on the device."""
+        assert self.cache.lengths is not None, "a cache without content"
+        return self.cache.lengths
 
     # ---- caches of callers ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-HOST = (MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+HOST = (MaxTimeCriteria, StopStringCriteria)
 
 
 class Stopping:
@@ -21,17 +21,18 @@ class Stopping:
 
     done:  which rows are finished
     eos:   the ids that finish a row
-    limit: the length at which all are finished, or None
+    limit: the length at which all are finished
     """
 
     def __init__(self, criteria: StoppingCriteriaList, prompt: torch.Tensor):
         self.eos = frozenset(i for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.tolist())
         self.on_host = [c for c in criteria if type(c) in HOST]
-        self.others = [c for c in criteria if type(c) not in (*HOST, EosTokenCriteria)]
+        self.others = [c for c in criteria if type(c) not in (*HOST, MaxLengthCriteria, EosTokenCriteria)]
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)  # transformers' condition
-        self.limit = min((c.max_length for c in self.on_host if type(c) is MaxLengthCriteria), default=None)
+        self.lengths = [c for c in criteria if type(c) is MaxLengthCriteria]
+        self.limit = min(c.max_length for c in self.lengths)
         self.done = [False] * len(prompt)
-        steps = max(1, (self.limit or 0) - prompt.shape[1])
+        steps = max(1, self.limit - prompt.shape[1])
         self.ids = torch.empty(len(prompt), prompt.shape[1] + steps, dtype=torch.int64)
         self.ids[:, : prompt.shape[1]] = prompt
         self.length = prompt.shape[1]
@@ -47,13 +48,20 @@ class Stopping:
         if self.eos:
             self.done = [d or t in self.eos for d, t in zip(self.done, tokens.tolist(), strict=True)]
         by_eos = list(self.done)
-        for criterion in self.on_host:
+        if self.length >= self.limit:
+            self._add(True)
+        for criterion in [*self.on_host, *filter(self._warns, self.lengths)]:
             self._add(criterion(self.ids[:, : self.length], None))
         if self.others:
             ids, scores = so_far()
             for criterion in self.others:
                 self._add(criterion(ids, scores))
         return [r for r, done in enumerate(self.done) if done and not (before[r] or by_eos[r])]
+
+    def _warns(self, criterion: MaxLengthCriteria) -> bool:
+        """Whether it has something to say: once there are more tokens than the model has positions."""
+        most = criterion.max_position_embeddings
+        return most is not None and self.length > most
 
     def _add(self, done) -> None:
         """What a criterion said: a bool, or a tensor of one a row."""
