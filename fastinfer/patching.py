@@ -16,17 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from fastinfer.errors import PatchError
-from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks
+from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks, graphed
 from fastinfer.modules.siblings import Siblings
 from fastinfer.originals import Checkpoint, Held, InCheckpoint
-from fastinfer.planning import Merge, Plan, Planner, Task, check_patchable, slots_of
+from fastinfer.planning import RECORD, Merge, Plan, Planner, Task, check_patchable, slots_of
 from fastinfer.recipe import Recipe
-from fastinfer.reports import Report
+from fastinfer.reports import Graphed, Report
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
 from fastinfer.rules import merging
 
-RECORD = "_fastinfer"
 LONG_WORK = 1 << 26  # weights to quantise from which on a progress bar is worth showing
 _lock = threading.RLock()
 
@@ -39,6 +38,7 @@ def patch(
     method: str | None = None,
     activations: str | None = None,
     merge: bool | None = None,
+    graphs: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     reversible: bool = True,
@@ -53,6 +53,8 @@ def patch(
         activations: "keep" | "int8" (with int8 weights); by default int8 for encoders, keep for causal models
         merge:       linears that a block calls on one input (query, key, value; gate, up) run as one matmul; by default
                      on CUDA, where it saves launches
+        graphs:      an encoder's calls whose inputs have shapes seen before run as one CUDA graph, where gradients are
+                     off and batches small; copies of inputs and outputs keep this unseen (CUDA only)
         strict:      raise where something that the recipe asks for stays, or where no fast kernels are there
         dry_run:     change nothing and return the Report of what would be done
         reversible:  keep the originals for `unpatch`: in the model's checkpoint where it holds them bit for bit,
@@ -66,7 +68,7 @@ def patch(
     recipe = Recipe.of(weights, group_size=group_size, method=method, activations=activations)
     with _lock, torch.inference_mode(False), torch.no_grad():
         check_patchable(inner)
-        plan = Planner(inner, recipe, strict, merge).run()
+        plan = Planner(inner, recipe, strict, merge, graphs).run()
         if dry_run:
             return plan.report
         _carry_out(inner, plan, reversible)
@@ -95,6 +97,7 @@ def report(model: nn.Module) -> Report:
     """What `patch` did to this model. Raises PatchError where it is not patched."""
     record = _record(_unwrap(model))
     record.note_idle()
+    record.note_graphs()
     return record.report
 
 
@@ -169,6 +172,7 @@ class _Record:
     taken: list[_TakenWeight] = dataclasses.field(default_factory=list)
     overridden: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     merged: list[tuple[Merge, Siblings]] = dataclasses.field(default_factory=list)
+    graphed: list[tuple[str, graphed.Graphs]] = dataclasses.field(default_factory=list)
 
     def note_idle(self) -> None:
         """Brings the report up to date with blocks that turned out to call their linears on different inputs."""
@@ -179,6 +183,12 @@ class _Record:
             for merge, siblings in self.merged
             if siblings.idle and merge.row("called on different inputs") not in self.report.apart
         ]
+
+    def note_graphs(self) -> None:
+        """Brings the report up to date with what has been recorded."""
+        refused = [row for row in self.report.graphs if row.path not in dict(self.graphed)]
+        now = [Graphed(path, len(graphs.graphs), graphs.reason) for path, graphs in self.graphed]
+        self.report.graphs = now + refused
 
     def restore(self, model: nn.Module) -> None:
         """Puts weights, modules and methods back. Everything that can fail comes first."""
@@ -194,6 +204,8 @@ class _Record:
             if weight.new.weight.is_meta:
                 raise PatchError("the patched model is on the meta device: move it back first")
         tensors = [weight.original.load() for weight in self.taken]
+        for _, graphs in self.graphed:
+            graphed.uninstall(graphs)
         for merge, siblings in self.merged:
             blocks.uninstall(merge.block)
             siblings.release_biases()
@@ -248,6 +260,8 @@ def _carry_out(model: nn.Module, plan: Plan, reversible: bool) -> None:
             except ValueError as error:
                 raise PatchError(f"{task.paths[0]}: {error}") from error
         report.merged = [merge.row() for merge in plan.merges if _merge(merge, record)]
+        for path, module in plan.graphed:
+            record.graphed.append((path, graphed.install(module)))
         _override_methods(model, record)
         _sum_up(record, checkpoint)
         report.seconds = time.perf_counter() - started
@@ -348,7 +362,7 @@ def _override_methods(model: nn.Module, record: _Record) -> None:
     from transformers import PreTrainedModel
 
     overrides = [(model, "load_state_dict", _load_state_dict)]
-    for module in model.modules():
+    for module in model.modules() if record.swaps else ():
         if isinstance(module, PreTrainedModel):
             overrides += [(module, name, method) for name, method in REFUSING.items()]
     for module, name, method in overrides:

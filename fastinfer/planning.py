@@ -13,11 +13,16 @@ from torch import nn
 from fastinfer import _native
 from fastinfer.errors import GroupSizeError, PatchError, RecipeError
 from fastinfer.modules import QuantizedLinear, QuantizedModule
+from fastinfer.modules.capture import RECORDERS
 from fastinfer.recipe import Recipe, Spec
-from fastinfer.reports import Merged, Replaced, Report, Skipped
+from fastinfer.reports import Graphed, Merged, Replaced, Report, Skipped
 from fastinfer.rules import embedding as embedding_rule
+from fastinfer.rules import graphs as graphs_rule
 from fastinfer.rules import linear as linear_rule
 from fastinfer.rules import merging
+
+RECORD = "_fastinfer"
+"""The attribute of a patched model that holds what was done to it."""
 
 
 @dataclasses.dataclass
@@ -60,6 +65,8 @@ class Plan:
     tasks: list[Task]
     report: Report
     merges: list[Merge] = dataclasses.field(default_factory=list)
+    graphed: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
+    """Models whose calls are to be recorded in CUDA graphs, with their paths."""
 
 
 def slots_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -78,7 +85,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def check_patchable(model: nn.Module) -> None:
-    if any(isinstance(m, QuantizedModule) for m in model.modules()):
+    if RECORD in vars(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PatchError("this model is patched already: unpatch it first, or patch once with a Recipe")
     if linear_rule.looks_linear(model):
         raise PatchError("a linear cannot be replaced in place: patch the module that holds it")
@@ -92,8 +99,8 @@ def check_patchable(model: nn.Module) -> None:
 class Planner:
     """Walks a model once and decides, linear by linear, what the recipe makes of it."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool, merge: bool | None = None):
-        self.model, self.recipe, self.strict, self.merge = model, recipe, strict, merge
+    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool, merge: bool | None = None, graphs: bool = True):
+        self.model, self.recipe, self.strict, self.merge, self.graphs = model, recipe, strict, merge, graphs
         self.slots = slots_of(model)
         self.paths: dict[nn.Module, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -125,6 +132,7 @@ class Planner:
         if unmatched:
             raise RecipeError(f"pattern {unmatched[0]!r} matches no linear that an earlier pattern has not taken")
         self._find_merges()
+        self._find_graphs()
         self._fill_report(seen)
         self._check()
         return self.plan
@@ -210,6 +218,20 @@ class Planner:
                 self.plan.merges.append(Merge(path, block, kept))
         self.plan.report.merged = [merge.row() for merge in self.plan.merges]
 
+    def _find_graphs(self) -> None:
+        """Encoders in the model, whose calls are recorded as they repeat."""
+        for path, module in graphs_rule.find(self.model) if self.graphs else ():
+            reason = graphs_rule.refusal(module)
+            self.plan.report.graphs.append(Graphed(path, reason=reason))
+            if not reason:
+                self.plan.graphed.append((path, module))
+
+    def _does_nothing(self) -> bool:
+        """Whether the model would run as before: graphs are no change where there is nothing to record them with."""
+        return not self.plan.tasks and not any(
+            parameter.device.type in RECORDERS for _, module in self.plan.graphed for parameter in module.parameters()
+        )
+
     def _fill_report(self, seen: set[nn.Module]) -> None:
         """What is replaced, what stays beside linears, and the totals."""
         report = self.plan.report
@@ -239,7 +261,7 @@ class Planner:
                 raise PatchError(f"strict: {first.path} stays ({first.reason}); {len(unexpected)} such in all")
             if "reference" in report.backend:
                 raise PatchError("strict: no fast kernels for this device; `fastinfer doctor` says why")
-        if not self.plan.tasks:
+        if self._does_nothing():
             linears = [s for s in report.skipped if s.path in {p for m in self.paths for p in self.paths[m]}]
             first_reason = (
                 f"its first linear, {linears[0].path}: {linears[0].reason}" if linears else "it has no linear"

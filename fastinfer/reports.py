@@ -43,6 +43,20 @@ class Merged:
         return ", ".join(self.members) + (f": {self.reason}" if self.reason else epilogue)
 
 
+@dataclasses.dataclass(frozen=True)
+class Graphed:
+    """A model (path) whose calls are recorded in CUDA graphs, how many are, or the reason why none is."""
+
+    path: str
+    recorded: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"not recorded: {self.reason}"
+        return f"{self.recorded} kinds of calls recorded" if self.recorded else "calls are recorded as they repeat"
+
+
 @dataclasses.dataclass
 class Report:
     """What `patch` did. `str(report)` is a table; `to_dict()` is plain data for JSON."""
@@ -52,6 +66,7 @@ class Report:
     merged: list[Merged] = dataclasses.field(default_factory=list)
     apart: list[Merged] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    graphs: list[Graphed] = dataclasses.field(default_factory=list)
     backend: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
@@ -78,7 +93,8 @@ class Report:
         )
         if self.dry_run:
             originals = "dry run: nothing was changed"
-        lines = [head, originals, *(f"note: {note}" for note in self.notes), ""]
+        graphs = [f"CUDA graphs{f' of {row.path}' if row.path else ''}: {row}" for row in self.graphs]
+        lines = [head, originals, *(f"note: {note}" for note in self.notes), *graphs, ""]
         lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
         for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):
             before, after = sum(r.bytes_before for r in rows) * mb, sum(r.bytes_after for r in rows) * mb
