@@ -22,13 +22,13 @@ from fastinfer.generation.install import generate
 from fastinfer.generation.step import DecodeStep
 from fastinfer.generation.support import model_refusal
 from fastinfer.hooks import adopt, move_accelerate_hook
-from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks
+from fastinfer.modules import QuantizedLinear, QuantizedModule, blocks, graphed
 from fastinfer.modules.siblings import Siblings
 from fastinfer.originals import Checkpoint, Held, InCheckpoint
 from fastinfer.overrides import REFUSING, load_state_dict
 from fastinfer.planning import RECORD, Merge, Plan, Planner, Task, check_patchable, slots_of
 from fastinfer.recipe import Recipe
-from fastinfer.reports import Report
+from fastinfer.reports import Graphed, Report
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import linear as linear_rule
 from fastinfer.rules import merging
@@ -46,6 +46,7 @@ def patch(
     activations: str | None = None,
     merge: bool | None = None,
     kv_cache: str = "keep",
+    graphs: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     reversible: bool = True,
@@ -61,6 +62,8 @@ def patch(
         merge:       linears that a block calls on one input (query, key, value; gate, up) run as one matmul; by default
                      on CUDA, where it saves launches
         kv_cache:    how `generate` keeps keys and values: "keep" | "int8" (a scale a token and head)
+        graphs:      an encoder's calls whose inputs have shapes seen before run as one CUDA graph, where gradients are
+                     off and batches small; copies of inputs and outputs keep this unseen (CUDA only)
         strict:      raise where something that the recipe asks for stays, or where no fast kernels are there
         dry_run:     change nothing and return the Report of what would be done
         reversible:  keep the originals for `unpatch`: in the model's checkpoint where it holds them bit for bit,
@@ -79,7 +82,7 @@ def patch(
         raise ValueError(f"kv_cache must be one of {', '.join(map(repr, KINDS))}, got {kv_cache!r}")
     with _lock, torch.inference_mode(False), torch.no_grad():
         check_patchable(inner)
-        plan = Planner(inner, recipe, strict, merge).run()
+        plan = Planner(inner, recipe, strict, merge, graphs).run()
         if dry_run:
             return plan.report
         _carry_out(inner, plan, reversible, kv_cache, strict)
@@ -110,6 +113,7 @@ def report(model: nn.Module) -> Report:
     record.note_idle()
     if record.engine is not None:
         record.report.last_generate = record.engine.last
+    record.note_graphs()
     return record.report
 
 
@@ -186,6 +190,7 @@ class _Record:
     merged: list[tuple[Merge, Siblings]] = dataclasses.field(default_factory=list)
     step: DecodeStep | None = None
     engine: Engine | None = None
+    graphed: list[tuple[str, graphed.Graphs]] = dataclasses.field(default_factory=list)
 
     def note_idle(self) -> None:
         """Brings the report up to date with blocks that turned out to call their linears on different inputs."""
@@ -196,6 +201,12 @@ class _Record:
             for merge, siblings in self.merged
             if siblings.idle and merge.row("called on different inputs") not in self.report.apart
         ]
+
+    def note_graphs(self) -> None:
+        """Brings the report up to date with what has been recorded."""
+        refused = [row for row in self.report.graphs if row.path not in dict(self.graphed)]
+        now = [Graphed(path, len(graphs.graphs), graphs.reason) for path, graphs in self.graphed]
+        self.report.graphs = now + refused
 
     def restore(self, model: nn.Module) -> None:
         """Puts weights, modules and methods back. Everything that can fail comes first."""
@@ -213,6 +224,8 @@ class _Record:
         tensors = [weight.original.load() for weight in self.taken]
         if self.step is not None:
             self.step.release()
+        for _, graphs in self.graphed:
+            graphed.uninstall(graphs)
         for merge, siblings in self.merged:
             blocks.uninstall(merge.block)
             siblings.release_biases()
@@ -268,6 +281,8 @@ def _carry_out(model: nn.Module, plan: Plan, reversible: bool, kv_cache: str, st
                 raise PatchError(f"{task.paths[0]}: {error}") from error
         report.merged = [merge.row() for merge in plan.merges if _merge(merge, record)]
         _fuse_step(plan, record)
+        for path, module in plan.graphed:
+            record.graphed.append((path, graphed.install(module)))
         _override_methods(model, record)
         _wrap_generate(plan, record, kv_cache, strict)
         _sum_up(record, checkpoint)

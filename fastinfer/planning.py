@@ -14,10 +14,12 @@ from fastinfer import _native
 from fastinfer.errors import GroupSizeError, PatchError, RecipeError, Unfusable
 from fastinfer.generation.step import DecodeStep
 from fastinfer.modules import QuantizedLinear, QuantizedModule
+from fastinfer.modules.capture import RECORDERS
 from fastinfer.recipe import Recipe, Spec
-from fastinfer.reports import Merged, Replaced, Report, Skipped
+from fastinfer.reports import Graphed, Merged, Replaced, Report, Skipped
 from fastinfer.rules import decoder as step_rule
 from fastinfer.rules import embedding as embedding_rule
+from fastinfer.rules import graphs as graphs_rule
 from fastinfer.rules import linear as linear_rule
 from fastinfer.rules import merging
 
@@ -68,6 +70,8 @@ class Plan:
     generating: nn.Module | None = None
     """The model whose decode step may be fused: what `generate` is called on."""
     merge_kept: bool = False
+    graphed: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
+    """Models whose calls are to be recorded in CUDA graphs, with their paths."""
 
 
 def slots_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -100,8 +104,8 @@ def check_patchable(model: nn.Module) -> None:
 class Planner:
     """Walks a model once and decides, linear by linear, what the recipe makes of it."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool, merge: bool | None = None):
-        self.model, self.recipe, self.strict, self.merge = model, recipe, strict, merge
+    def __init__(self, model: nn.Module, recipe: Recipe, strict: bool, merge: bool | None = None, graphs: bool = True):
+        self.model, self.recipe, self.strict, self.merge, self.graphs = model, recipe, strict, merge, graphs
         self.slots = slots_of(model)
         self.paths: dict[nn.Module, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -134,6 +138,7 @@ class Planner:
             raise RecipeError(f"pattern {unmatched[0]!r} matches no linear that an earlier pattern has not taken")
         self._find_merges()
         self._find_step()
+        self._find_graphs()
         self._fill_report(seen)
         self._check()
         return self.plan
@@ -232,6 +237,20 @@ class Planner:
         except Unfusable as error:
             plan.report.decode_step = f"not fused: {error}"
 
+    def _find_graphs(self) -> None:
+        """Encoders in the model, whose calls are recorded as they repeat."""
+        for path, module in graphs_rule.find(self.model) if self.graphs else ():
+            reason = graphs_rule.refusal(module)
+            self.plan.report.graphs.append(Graphed(path, reason=reason))
+            if not reason:
+                self.plan.graphed.append((path, module))
+
+    def _does_nothing(self) -> bool:
+        """Whether the model would run as before: graphs are no change where there is nothing to record them with."""
+        return not self.plan.tasks and not any(
+            parameter.device.type in RECORDERS for _, module in self.plan.graphed for parameter in module.parameters()
+        )
+
     def _fill_report(self, seen: set[nn.Module]) -> None:
         """What is replaced, what stays beside linears, and the totals."""
         report = self.plan.report
@@ -261,7 +280,7 @@ class Planner:
                 raise PatchError(f"strict: {first.path} stays ({first.reason}); {len(unexpected)} such in all")
             if "reference" in report.backend:
                 raise PatchError("strict: no fast kernels for this device; `fastinfer doctor` says why")
-        if not self.plan.tasks and not report.step_fused:
+        if self._does_nothing() and not report.step_fused:
             linears = [s for s in report.skipped if s.path in {p for m in self.paths for p in self.paths[m]}]
             first_reason = (
                 f"its first linear, {linears[0].path}: {linears[0].reason}" if linears else "it has no linear"

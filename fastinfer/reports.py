@@ -43,6 +43,20 @@ class Merged:
         return ", ".join(self.members) + (f": {self.reason}" if self.reason else epilogue)
 
 
+@dataclasses.dataclass(frozen=True)
+class Graphed:
+    """A model (path) whose calls are recorded in CUDA graphs, how many are, or the reason why none is."""
+
+    path: str
+    recorded: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"not recorded: {self.reason}"
+        return f"{self.recorded} kinds of calls recorded" if self.recorded else "calls are recorded as they repeat"
+
+
 @dataclasses.dataclass
 class Report:
     """What `patch` did. `str(report)` is a table; `to_dict()` is plain data for JSON."""
@@ -56,6 +70,7 @@ class Report:
     """"fused, N layers", or why the forward of one token stays the model's own; empty where nothing is generated."""
     last_generate: str = ""
     """"fused", or why the last `generate` ran in transformers' own loop; empty before the first."""
+    graphs: list[Graphed] = dataclasses.field(default_factory=list)
     backend: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
@@ -89,7 +104,8 @@ class Report:
         notes = [f"note: {note}" for note in self.notes]
         notes += [f"decode step: {self.decode_step}"] if self.decode_step else []
         notes += [f"last generate: {self.last_generate}"] if self.last_generate else []
-        lines = [head, originals, *notes, ""]
+        graphs = [f"CUDA graphs{f' of {row.path}' if row.path else ''}: {row}" for row in self.graphs]
+        lines = [head, originals, *notes, *graphs, ""]
         lines += ["replaced" + " " * 52 + "     MB →      MB   error"] if self.replaced else []
         for paths, rows in _collapse(self.replaced, lambda r: (r.kind, r.note)):
             before, after = sum(r.bytes_before for r in rows) * mb, sum(r.bytes_after for r in rows) * mb
