@@ -39,6 +39,7 @@ KV_SHAPES = {
     "cuda": [(1, 1024, 4096), (1, 8192, 4096), (1, 65536, 4096), (64, 2048, 4096), (16, 4096, 4096), (1, 1024, 1024)],
 }
 KV_ODD = [(3, 777, 4096), (2, 2049, 1024), (1, 1, 4096)]
+EMBED_SHAPES = [(m, v, k) for v, k in ((128256, 4096), (262144, 640)) for m in (1, 16)]
 SAMPLE_SHAPES = [(m, v, 1) for v in (32000, 151936, 262144) for m in (1, 16)]
 PRESETS = ("default", "bars", "odd")
 GROUP = 128
@@ -63,12 +64,16 @@ def shapes(device: str, preset: str = "default", op: str = "") -> list[tuple[int
     """(M, N, K) of a preset: `default` differs by device, `bars` are the sizes that bars are set on, `odd` awkward ones.
 
     For an op of ROW_OPS N is K, each M and K once; for attention M is the batch, N the positions, K = H · D; sample has
-    rows and vocabularies, [M, N].
+    rows and vocabularies, [M, N]; embed takes M rows of [N, K]; advance has a batch of M.
     """
     if op.startswith("kv_attention"):
         return KV_ODD if preset == "odd" else KV_SHAPES[device]
     if op == "sample":
         return SAMPLE_SHAPES
+    if op == "embed":
+        return EMBED_SHAPES
+    if op == "advance":
+        return [(1, 1, 1), (64, 1, 1)]
     if preset == "default":
         found = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     else:
@@ -260,6 +265,54 @@ def _sample(problem: Problem) -> Case:
     )
 
 
+def _embed(problem: Problem) -> Case:
+    """A step's tokens, from an int8 weight as a tied head holds it, with their rotary rows; x is checked."""
+    module = importlib.import_module("fastinfer.ops.embed")
+    m, v, k, dtype, device = problem.m, problem.n, problem.k, problem.dtype, problem.device
+    w, w_scale = problem.ints(v, k), torch.rand(v, device=device) * 0.01
+    (packed, _), layout = _laid_out("int8_matmul", (w, w_scale), problem)
+    ids = torch.randint(0, v, (m, 1), device=device)
+    tables = [torch.randn(8192, 128, device=device) for _ in range(2)]
+    lengths = torch.randint(0, 8192, (m,), dtype=torch.int32, device=device)
+    rest = 1.0, layout, dtype, *tables, lengths
+    wide = torch.randn(v, k, device=device).to(dtype)
+    return Case(
+        calls=[partial(ops.embed, ids, packed, w_scale, *rest)],
+        exact=lambda: module.reference(ids, packed, w_scale, *rest, dtype=torch.float64)[0],
+        plain=lambda: module.reference(ids, packed, w_scale, *rest)[0],
+        magnitude=lambda: 0.0,
+        peers={"torch": [lambda: (nn.functional.embedding(ids, wide), *(t[lengths.long()] for t in tables))]},
+        weight_bytes=0,
+        bytes=m * (k * (1 + dtype.itemsize) + 4 * 128 * 4),
+        operations=0,
+        result=lambda out: out[0],
+    )
+
+
+def _advance(problem: Problem) -> Case:
+    """The end of a step; what the ring then holds is checked. Its peer is the same in torch's operations."""
+    module = importlib.import_module("fastinfer.ops.advance")
+    m, device = problem.m, problem.device
+    tokens, ids = torch.arange(m, device=device), torch.zeros(m, 1, dtype=torch.int64, device=device)
+    lengths, ring = (
+        torch.zeros(m, dtype=torch.int32, device=device),
+        torch.zeros(8, m, dtype=torch.int64, device=device),
+    )
+    offset, steps = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    given = tokens, ids, lengths, offset, ring, steps
+    return Case(
+        calls=[partial(ops.advance, *given)],
+        exact=lambda: tokens.double(),
+        plain=lambda: tokens.double(),
+        magnitude=lambda: 0.0,
+        peers={"torch": [partial(module.reference, *given)]},
+        weight_bytes=0,
+        bytes=40 * m,
+        operations=0,
+        result=lambda _: ids[:, 0].double(),
+    )
+
+
 OPS: dict[str, Callable[[Problem], Case]] = {
     "int8_matmul": _int8("int8_matmul"),
     "int8_scaled_matmul": _int8("int8_scaled_matmul"),
@@ -270,4 +323,6 @@ OPS: dict[str, Callable[[Problem], Case]] = {
     "kv_attention": _kv_attention,
     "kv_attention int8": partial(_kv_attention, int8=True),
     "sample": _sample,
+    "embed": _embed,
+    "advance": _advance,
 }

@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def(
       "sample(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p, float min_p, "
       "float repetition_penalty, Tensor? seen) -> Tensor");
+  m.def("embed(Tensor ids, Tensor w, Tensor? w_scale, float factor, str layout, ScalarType? out_dtype) -> Tensor");
+  m.def(
+      "embed.rotary(Tensor ids, Tensor w, Tensor? w_scale, float factor, str layout, ScalarType? out_dtype, "
+      "Tensor cos, Tensor sin, Tensor lengths, Tensor? starts) -> (Tensor x, Tensor cos_rows, Tensor sin_rows)");
+  m.def(
+      "advance(Tensor tokens, Tensor(a!) ids, Tensor(b!) lengths, Tensor(c!) offset, Tensor(d!) ring, Tensor(e!) steps) "
+      "-> ()");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
   // CUDA: whether this thread's kernels may start before the previous one has finished; returns what it was before.

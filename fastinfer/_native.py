@@ -17,8 +17,6 @@ import torch
 
 FOLDER = Path(__file__).parent
 MIN_CAPABILITY = (8, 0)
-CPU_ONLY: frozenset[str] = frozenset()
-"""Ops whose kernels for GPUs are still to be written: there they run in plain torch, which is nobody's mistake."""
 
 status: dict[str, str] = {}
 """Library name ("cpu", "cuda") to "loaded", or to the reason why it is not."""

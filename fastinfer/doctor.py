@@ -39,11 +39,7 @@ def collect() -> dict[str, Any]:
         "libraries": dict(_native.status),
         "ops": {op: {device: _runs(op, device) for device in ("cpu", *gpus)} for op in ops.__all__},
     }
-    found["ok"] = all(
-        how == "native" or (device != "cpu" and op in _native.CPU_ONLY)
-        for op, row in found["ops"].items()
-        for device, how in row.items()
-    )
+    found["ok"] = all(how == "native" for row in found["ops"].values() for how in row.values())
     found["advice"] = advice(found)
     return found
 
@@ -115,8 +111,6 @@ def _driver_gpus() -> list[dict[str, str]]:
 
 def _runs(op: str, device: str) -> str:
     """How `op` runs on `device`: "native", "triton", "reference", or STALE where a library that loaded lacks it."""
-    if device != "cpu" and op in _native.CPU_ONLY:
-        return "reference"
     used = _native.backend(torch.device(device))
     if used == "native":
         key = "CPU" if device == "cpu" else "CUDA"

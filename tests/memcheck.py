@@ -158,6 +158,34 @@ def check_sample(m: int, v: int, dtype: torch.dtype, device: str) -> int:
     return calls
 
 
+def check_embed(v: int, k: int, dtype: torch.dtype, device: str) -> int:
+    """The ends of a decode step: embed in every layout, advance."""
+    reference = sys.modules["fastinfer.ops.embed"].reference
+    ids, tables = torch.randint(0, v, (3, 2)), [torch.randn(9, 6) for _ in range(2)]
+    lengths, q, scale = (
+        torch.arange(3, dtype=torch.int32),
+        torch.randint(-128, 128, (v, k)).to(torch.int8),
+        torch.rand(v),
+    )
+    tiles = [TILE_W8A16] if v >= 16 and k % 128 == 0 else []
+    cases = [
+        (torch.randn(v, k).to(dtype), None, 2.3),
+        *((convert(q, ROW, n), scale, 1.0, n, dtype) for n in [ROW, *tiles]),
+    ]
+    for given in cases:
+        given = given + (1.0, ROW, None)[len(given) - 2 :]
+        expected = reference(ids, *given, *tables, lengths)
+        there = [t.to(device) if isinstance(t, torch.Tensor) else t for t in (ids, *given, *tables, lengths)]
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ops.embed(*there), expected))
+    state = [
+        torch.zeros(s, dtype=t, device=device) for s, t in (((3, 1), torch.int64), (3, torch.int32), (1, torch.int64))
+    ]
+    ring, steps = (torch.zeros(s, dtype=torch.int64, device=device) for s in ((2, 3), 1))
+    ops.advance(ids[:, 0].contiguous().to(device), *state, ring, steps)
+    assert torch.equal(state[0].cpu(), ids[:, :1]) and torch.equal(ring[0].cpu(), ids[:, 0])
+    return len(cases) + 1
+
+
 def main(device: str) -> int:
     torch.manual_seed(0)
     scaled = sys.modules["fastinfer.ops.int8_scaled_matmul"].reference
@@ -189,6 +217,8 @@ def main(device: str) -> int:
         calls += check_attention(1, (16, 8, 64), kind, [70 * i for i in range(12)], device)
     for m, v, dtype in product([1, 9], [1, 30, 5003, 20008], DTYPES):
         calls += check_sample(m, v, dtype, device)
+    for v, k, dtype in product([1, 16, 35], [1, 7, 128, 4224], DTYPES):
+        calls += check_embed(v, k, dtype, device)
     for (m, n, k), dtype in product(DECODE_SHAPES, DTYPES):
         calls += check_linear(m, n, k, dtype, device)
     for (m, n, k), dtype in product(TILE_SHAPES + TAIL_SHAPES, DTYPES if device == "cuda" else []):

@@ -18,7 +18,8 @@ SCHEMAS: dict[str, dict[str, str]] = {}  # op → overload → arguments; "defau
 for _stem, _overload, _arguments in re.findall(r'm\.def\(\s*"(\w+)(?:\.(\w+))?\((.*?)\) ->', TABLE):
     SCHEMAS.setdefault(_stem, {})[_overload or "default"] = _arguments
 NOT_OPS = {"cpu_isa", "dependent_launch", "set_tile_plans", "force_tile_plan", "tile_plan_candidates"}
-TORCH_IS_THE_FALLBACK = {"kv_attention", "linear", "sample"}  # Triton would be slower, or serve where nothing is fast
+# A Triton kernel would be slower, or serve where nothing is fast anyway.
+TORCH_IS_THE_FALLBACK = {"advance", "embed", "kv_attention", "linear", "sample"}
 
 
 def module_of(op):
@@ -31,10 +32,8 @@ def test_every_schema_is_a_public_op():
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_has_every_file(op):
-    files = [f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py"]
-    if op not in _native.CPU_ONLY:
-        files += [f"csrc/cuda/{op}.cu"] + ([] if op in TORCH_IS_THE_FALLBACK else [f"kernels/{op}.py"])
-    for file in files:
+    files = [f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"tests/test_{op}.py"]
+    for file in files + ([] if op in TORCH_IS_THE_FALLBACK else [f"kernels/{op}.py"]):
         assert (ROOT / file).is_file(), f"{op} has no {file}"
 
 
@@ -57,7 +56,7 @@ def test_wrapper_reference_and_schema_take_the_same_arguments(op):
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_registers_itself_for_both_devices(op):
-    for folder, key, suffix in (("cpu", "CPU", "cpp"), ("cuda", "CUDA", "cu"))[: 1 if op in _native.CPU_ONLY else 2]:
+    for folder, key, suffix in (("cpu", "CPU", "cpp"), ("cuda", "CUDA", "cu")):
         text = (ROOT / "csrc" / folder / f"{op}.{suffix}").read_text()
         assert f"STABLE_TORCH_LIBRARY_IMPL(fastinfer, {key}, m)" in text
         for overload in SCHEMAS[op]:
@@ -72,7 +71,7 @@ def test_has_kernels_and_a_fake_when_built(op):
     for overload in SCHEMAS[op]:
         name = f"fastinfer::{op}" if overload == "default" else f"fastinfer::{op}.{overload}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-        if _native.status["cuda"] == "loaded" and op not in _native.CPU_ONLY:
+        if _native.status["cuda"] == "loaded":
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
         out = getattr(getattr(torch.ops.fastinfer, op), overload)
         assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None and out

@@ -60,21 +60,26 @@ inline Gate check_epilogue(const char* op, const EpilogueArguments& e, const Ten
   return gate;
 }
 
+// w_scale [N] fp32 of w [N, K] int8.
+inline void check_int8_scale(const char* op, const Tensor& w_scale, const Tensor& w) {
+  check_same_device(op, "w_scale", w_scale, w);
+  FASTINFER_CHECK(op, w_scale.dim() == 1 && w_scale.size(0) == w.size(0), "w_scale must be [", w.size(0), "], got ",
+                  shape_text(w_scale));
+  FASTINFER_CHECK(op, w_scale.scalar_type() == ScalarType::Float, "w_scale must be float32");
+  FASTINFER_CHECK(op, w_scale.is_contiguous(), "w_scale must be contiguous");
+}
+
 // x [..., K], w [N, K] int8, w_scale [N] fp32; the dtype of x is left to the caller.
 inline MatmulShape check_int8_matmul(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale) {
   FASTINFER_CHECK(op, x.dim() >= 1, "x must have at least one dimension, got a scalar");
   check_same_device(op, "w", w, x);
-  check_same_device(op, "w_scale", w_scale, x);
   FASTINFER_CHECK(op, w.dim() == 2, "w must be [N, K], got ", shape_text(w));
   FASTINFER_CHECK(op, w.scalar_type() == ScalarType::Char, "w must be int8");
   FASTINFER_CHECK(op, w.is_contiguous(), "w must be contiguous");
   const int64_t n = w.size(0), k = w.size(1);
   FASTINFER_CHECK(op, x.size(x.dim() - 1) == k, "x must be [..., ", k, "] to match w ", shape_text(w), ", got ",
                   shape_text(x));
-  FASTINFER_CHECK(op, w_scale.dim() == 1 && w_scale.size(0) == n, "w_scale must be [", n, "], got ",
-                  shape_text(w_scale));
-  FASTINFER_CHECK(op, w_scale.scalar_type() == ScalarType::Float, "w_scale must be float32");
-  FASTINFER_CHECK(op, w_scale.is_contiguous(), "w_scale must be contiguous");
+  check_int8_scale(op, w_scale, w);
   return {rows_of(x), n, k};
 }
 

@@ -52,12 +52,6 @@ inline void check_sample(const char* op, const Tensor& logits, const Tensor& see
                   "seen must be on the device of logits");
 }
 
-#ifdef __CUDACC__
-#define FASTINFER_BOTH __host__ __device__
-#else
-#define FASTINFER_BOTH
-#endif
-
 // The first word of Philox 4x32-10 (Salmon et al., SC 2011) for a row of the batch.
 FASTINFER_BOTH inline uint32_t random_word(uint64_t seed, uint64_t offset, uint64_t row) {
   uint32_t c0 = static_cast<uint32_t>(offset), c1 = static_cast<uint32_t>(offset >> 32);

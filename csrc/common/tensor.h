@@ -15,6 +15,13 @@ namespace fastinfer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Before a function of C++ that kernels for GPUs call too.
+#ifdef __CUDACC__
+#define FASTINFER_BOTH __host__ __device__
+#else
+#define FASTINFER_BOTH
+#endif
+
 // The error text a user sees: "int8_matmul: w must be …".
 #define FASTINFER_CHECK(op, condition, ...)                                            \
   do {                                                                                 \

@@ -102,8 +102,9 @@ static int draw_smem_bytes(const SampleArgs& args, const LaunchContext& context)
 static void launch_sample(void (*kernel)(SampleArgs), int64_t batch, int smem_bytes, const SampleArgs& args,
                           const LaunchContext& context) {
   constexpr const char* op = "sample";
-  if (smem_bytes > 48 * 1024) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  if (smem_bytes > 0) {  // always to the same limit, so that threads do not disturb each other
+    const int limit = context.limits().smem_per_block;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   }
   if (context.limits().capability == 90) {
     launch_clusters(op, kernel, batch * args.ranks, kSampleThreads, args.ranks, smem_bytes, take_dependent_launch(),

@@ -1,5 +1,7 @@
 """The operators. Each module holds one: docstring, wrapper with checks, reference in torch, fake kernel."""
 
+from fastinfer.ops.advance import advance
+from fastinfer.ops.embed import embed
 from fastinfer.ops.int4_matmul import int4_matmul
 from fastinfer.ops.int8_matmul import int8_matmul
 from fastinfer.ops.int8_quantize import int8_quantize
@@ -10,6 +12,8 @@ from fastinfer.ops.rms_norm import rms_norm
 from fastinfer.ops.sample import sample
 
 __all__ = [
+    "advance",
+    "embed",
     "int4_matmul",
     "int8_matmul",
     "int8_quantize",
