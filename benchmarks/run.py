@@ -13,14 +13,14 @@ shape M×N×K (attention: batch × positions × heads · head size); GB/s of wha
 weights, x, y); `% of roofline`: the time that those bytes take at the read bandwidth, or the operations at the peak of
 a matmul (that of W8A8 in int8, else in the dtype of x), whichever is longer, over the time taken. Both are measured at
 the start: the bandwidth of a sum, and the fastest matmul there is, 8192³ on a GPU. `× peer` is the peer's time over
-ours, above 1 where ours is faster. At the end, the geometric means of the fastest peer of each row over ours.
+ours, above 1 where ours is faster. Chained are calls with dependent launch, as in a captured decode step. At the end, the
+geometric means of the fastest peer of each row over ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -159,18 +159,18 @@ def print_row(r: dict, before: dict | None) -> None:
 def print_means(rows: list[dict]) -> None:
     """The geometric mean of fastest peer / ours for each op and for the weight-only ops together, and the worst row."""
     named = {op: (op,) for op in dict.fromkeys(r["op"] for r in rows)} | WEIGHT_ONLY
-    print("geometric mean of the fastest peer's time over ours:")
+    print("geometric mean of the fastest peer's time over ours, alone and chained:")
     for name, members in named.items():
-        ratios = {
-            (r["op"], r["m"], r["n"], r["k"]): min(r["peers_us"].values()) / r["us"]
-            for r in rows
-            if r["op"] in members and r["peers_us"]
-        }
-        if not ratios or len({key[0] for key in ratios}) < len(members):
+        beside = [r for r in rows if r["op"] in members and r["peers_us"]]
+        if not beside or len({r["op"] for r in beside}) < len(members):
             continue
-        mean, worst = math.exp(statistics.fmean(map(math.log, ratios.values()))), min(ratios, key=ratios.__getitem__)
-        at = f"{worst[0]} {worst[1]}×{worst[2]}×{worst[3]}"
-        print(f"  {name:<18} {mean:.2f} ×  ({len(ratios)} rows, worst {ratios[worst]:.2f} × at {at})")
+        best = [min(r["peers_us"].values()) for r in beside]
+        means = [statistics.geometric_mean(b / r[key] for b, r in zip(best, beside)) for key in ("us", "chained_us")]
+        ratio, worst = min(((b / r["us"], r) for b, r in zip(best, beside)), key=lambda pair: pair[0])
+        at = f"{worst['op']} {worst['m']}×{worst['n']}×{worst['k']}"
+        print(
+            f"  {name:<18} {means[0]:.2f} ×  {means[1]:.2f} ×  ({len(beside)} rows, worst alone {ratio:.2f} × at {at})"
+        )
 
 
 def measure(args: argparse.Namespace, rows: list[dict], head: dict) -> int:

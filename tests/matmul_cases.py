@@ -80,10 +80,10 @@ def epilogues(m: int, n: int, activation: str, dtype: torch.dtype, device: str):
     return product(biases, (None, residual))
 
 
-def check_epilogue(out, x, weight64, bias, residual, activation) -> None:
+def check_epilogue(out, x, weight64, bias, residual, activation, halves: bool = False) -> None:
     """Holds act(x · wᵀ + bias) + residual to the rule, against torch's own operations in the dtype of x."""
-    exact = apply_epilogue(x.double() @ weight64.T, bias, residual, activation)
-    plain = apply_epilogue(nn.functional.linear(x, weight64.to(x.dtype)), bias, residual, activation)
+    exact = apply_epilogue(x.double() @ weight64.T, bias, residual, activation, halves)
+    plain = apply_epilogue(nn.functional.linear(x, weight64.to(x.dtype)), bias, residual, activation, halves)
     magnitude = 0.0
     if exact.numel():
         magnitude = (x.double().abs() @ weight64.abs().T).max().item()

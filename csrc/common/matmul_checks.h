@@ -33,6 +33,7 @@ struct EpilogueArguments {
   const std::optional<Tensor>& residual;
   const std::string& activation;
   ScalarType y_type;
+  bool halves = false;  // gates take the rows of the gate before those of what it is multiplied with, not in eights
 };
 
 // bias [N] of the dtype of y or fp32, residual [..., N_out] of the dtype of y.

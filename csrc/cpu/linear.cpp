@@ -1,6 +1,6 @@
 // linear: y = act(x[M,K] · w[N,K]ᵀ + bias) + residual, x and w of one float dtype
 // Source    –
-// Layout    plain rows, LAYOUTS.md#gate-up where gated
+// Layout    plain rows; where gated those of the gate, then those of what it is multiplied with
 // Requires  AVX2, FMA, F16C; AVX-512 where there is one
 // Mapping   torch's linear, then one pass over its result, in parallel over rows
 // Bound     torch's linear

@@ -1,6 +1,6 @@
 // apply_epilogue: y[M,N_out] = gate(v[M,N] + bias[N]) + residual[M,N_out], after matmuls that have no epilogue
 // Source    –
-// Layout    LAYOUTS.md#gate-up where gated
+// Layout    LAYOUTS.md#gate-up where gated, or halves (epilogue.cuh)
 // Requires  sm80+
 // Mapping   a thread makes 8 neighbouring columns of y (of 16 columns of v where gated), or 1 where they are not aligned;
 //           grid: x over a row's packs, y over rows (strided)
@@ -35,13 +35,14 @@ __global__ void apply_epilogue_kernel(const __grid_constant__ ApplyArgs args) {
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * kCount;
   if (column >= e.y_stride) return;
   const bool gated = e.gate != Gate::kNone;
-  const int from = gated ? column / 8 * 16 + column % 8 : column;
+  const int from = gated && !e.halves ? column / 8 * 16 + column % 8 : column,
+            up_from = from + (e.halves ? e.n / 2 : 8);
   for (int64_t row = blockIdx.y; row < args.m; row += gridDim.y) {
     float v[kCount];
     load_columns<V, kCount>(args, row, from, v);
     if (gated) {
       float up[kCount];
-      load_columns<V, kCount>(args, row, from + 8, up);
+      load_columns<V, kCount>(args, row, up_from, up);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) v[i] = gate_value(e.gate, v[i]) * up[i];
     }

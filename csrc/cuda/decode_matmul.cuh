@@ -1,6 +1,6 @@
 // decode_matmul: y[M, N] = x[M, K] · dequant(w)[N, K]ᵀ for M ≤ 16, every weight format in its tile layout, and 16-bit rows
 // Source    own design
-// Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8; plain rows
+// Layout    LAYOUTS.md#tile-w4a16, #tile-w8a16, #tile-w8a8; plain rows, which gates take as halves (epilogue.cuh)
 // Requires  sm90; K in whole units of the format; 16-byte aligned operands
 // Mapping   weights are the mma's 16-row operand, tokens its columns. A unit is 16 rows × kUnitK columns, 1024 bytes: two
 //           16-byte pieces a lane, each warp copying what it multiplies itself. So every warp has a ring of its own and
@@ -44,6 +44,7 @@ struct DecodeArgs {
   Epilogue epilogue;
   int m = 0, units = 0;                            // M; K in units
   int last_row = 0, last_tile = 0;                 // of w
+  int tile_rows = 16, second_row = 8;              // where w is rows: from tile to tile, from the first to the ninth
   int entries = 0, longer = 0;                     // row-tile groups of a cluster; how many clusters have one more
   int rank_shift = 0, k_shift = 0, set_shift = 0;  // log2 of: ranks, warps along K, entries of a warp in a set
   int x_pitch = 0;                                 // bytes from token to token in shared memory
@@ -316,7 +317,7 @@ struct RowsDecode : NoSums {
 
   struct Source {
     struct Position {
-      const unsigned char* w[2];  // rows g and g + 8; past the end the last row, whose repetitions are dropped
+      const unsigned char* w[2];  // rows g and g + 8 of the tile; past the end the last row, which is dropped then
     };
     const DecodeArgs& args;
     int row, column;  // of this lane
@@ -324,8 +325,8 @@ struct RowsDecode : NoSums {
     __device__ __forceinline__ void seek(Position& at, int tile, int unit) const {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        at.w[half] =
-            args.w + min(tile * 16 + row + 8 * half, args.last_row) * args.w_stride + unit * kUnitXBytes + column;
+        const int from = min(tile * args.tile_rows + row + half * args.second_row, args.last_row);
+        at.w[half] = args.w + from * args.w_stride + unit * kUnitXBytes + column;
       }
     }
     __device__ __forceinline__ void advance(Position& at, int step) const {

@@ -1,5 +1,6 @@
 // What a matmul does with its sums before they are stored: scales, bias, gate, residual, the cast.
-// y = gate(v) + residual with v = sum · x_scale · w_scale + bias; gates take rows of w as in LAYOUTS.md#gate-up.
+// y = gate(v) + residual with v = sum · x_scale · w_scale + bias; gates take rows of w as in LAYOUTS.md#gate-up, or
+// those of the gate before those of what it is multiplied with (halves).
 #pragma once
 
 #include <type_traits>
@@ -24,6 +25,7 @@ struct Epilogue {
   void* y = nullptr;               // [M, N], or [M, N/2] where gated, of y_type
   Element bias_type{}, y_type{};
   Gate gate = Gate::kNone;
+  bool halves = false;
   int n = 0;         // rows of w that are written, N
   int y_stride = 0;  // elements from row to row of y and residual: columns of y
 
@@ -48,16 +50,19 @@ struct Epilogue {
     store_float(y, y_type, at, v);
   }
   // The one way from sums to y: what a lane holds of a tile of 16 rows, sums of rows `row` and row + 8 for a token. They
-  // are two values of y, or where gated (N is a multiple of 16 then) one. Rows from N on are dropped.
+  // are two values of y, or where gated (N is a multiple of 16 then) one. Rows from N on are dropped. Halves are numbered
+  // as if they were interleaved.
   template <typename Accumulator>
   __device__ __forceinline__ void store_pair(int token, int row, Accumulator sum, Accumulator sum_of_row_8) const {
     if (row >= n) return;
-    const float v = value(token, row, sum);
     if (gate != Gate::kNone) {
-      store_value(token, row / 16 * 8 + row % 8, gate_value(gate, v) * value(token, row + 8, sum_of_row_8));
+      const int column = row / 16 * 8 + row % 8;
+      const float v = value(token, halves ? column : row, sum);
+      const float factor = value(token, halves ? n / 2 + column : row + 8, sum_of_row_8);
+      store_value(token, column, gate_value(gate, v) * factor);
       return;
     }
-    store_value(token, row, v);
+    store_value(token, row, value(token, row, sum));
     if (row + 8 < n) store_value(token, row + 8, value(token, row + 8, sum_of_row_8));
   }
 };
@@ -93,6 +98,7 @@ inline Epilogue make_epilogue(const Tensor& y, const MatmulShape& shape, const E
   e.bias_type = arguments.bias.has_value() ? element_of(arguments.bias->scalar_type()) : Element::kFloat;
   e.residual = data_or_null(arguments.residual);
   e.gate = gate;
+  e.halves = arguments.halves;
   e.n = static_cast<int>(shape.n);
   e.y_stride = static_cast<int>(out_features(gate, shape.n));
   return e;

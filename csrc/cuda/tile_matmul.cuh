@@ -94,6 +94,7 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
   args.epilogue = p.epilogue;
   args.m = p.m, args.units = p.k / Format::kUnitK;
   args.last_row = p.n - 1, args.last_tile = (p.n + 15) / 16 - 1;
+  if (p.epilogue.halves && p.epilogue.gate != Gate::kNone) args.tile_rows = 8, args.second_row = p.n / 2;
   const auto run = [&](int ranks, int shape) {
     if (ranks & (ranks - 1)) return false;
     return try_decode<Format>(p, args, ranks, shape, dependent, context,
@@ -109,6 +110,9 @@ bool run_decode(const TileProblem& p, const TilePlan& plan, bool dependent, cons
   int ranks = 1;
   while (ranks < kDecodeMaxRanks && int64_t(p.m) * p.k / ranks > (few || kRows ? 16 : 8) * 1024) ranks *= 2;
   while (ranks > 1 && args.units / ranks < 4) ranks /= 2;
+  for (int fewer = ranks; fewer > 0; fewer /= 2) {  // more ranks keep more sums of each other's
+    if (run(fewer, shape)) return true;
+  }
   for (; ranks <= kDecodeMaxRanks; ranks *= 2) {
     if (run(ranks, shape) || run(ranks, 4)) return true;
   }

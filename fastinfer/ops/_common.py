@@ -120,20 +120,20 @@ def out_features(n: int, activation: str) -> int:
     return n if activation == "none" else n // 2
 
 
-def apply_epilogue(v: torch.Tensor, bias, residual, activation: str) -> torch.Tensor:
-    """activation(v + bias) + residual in v's dtype; a gated activation takes LAYOUTS.md#gate-up."""
+def apply_epilogue(v: torch.Tensor, bias, residual, activation: str, halves: bool = False) -> torch.Tensor:
+    """activation(v + bias) + residual in v's dtype; a gated activation takes LAYOUTS.md#gate-up, or [gate, up] halves."""
     if bias is not None:
         v = v + bias.to(v.dtype)
     act = ACTIVATIONS[activation]
     if act is not None:
-        gate, up = v.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2)
-        v = (act(gate) * up).flatten(-2)
+        gate, up = v.chunk(2, -1) if halves else (t.flatten(-2) for t in v.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2))
+        v = act(gate) * up
     return v if residual is None else v + residual.to(v.dtype)
 
 
-def linear_reference(x, weight, bias, residual, activation, dtype: torch.dtype | None):
+def linear_reference(x, weight, bias, residual, activation, dtype: torch.dtype | None, halves: bool = False):
     """The matmul and its epilogue computed in `weight`'s dtype; cast to x's dtype unless `dtype` asked for another."""
-    return apply_epilogue(x.to(weight.dtype) @ weight.T, bias, residual, activation).to(dtype or x.dtype)
+    return apply_epilogue(x.to(weight.dtype) @ weight.T, bias, residual, activation, halves).to(dtype or x.dtype)
 
 
 # ---- dispatch -------------------------------------------------------------------------------------------------------

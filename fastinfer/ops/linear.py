@@ -21,8 +21,8 @@ def linear(
         w:       [N, K] dtype of x, contiguous
         bias:    [N] dtype of x or fp32, or None
         residual: [..., N_out] dtype of x, contiguous, or None: added last
-        activation: "none" | "silu_mul" | "gelu_mul" | "gelu_tanh_mul"; all but "none" take N in multiples of 16, with
-                 gate and up rows interleaved, LAYOUTS.md#gate-up
+        activation: "none" | "silu_mul" | "gelu_mul" | "gelu_tanh_mul"; all but "none" take N in multiples of 16, the rows
+                 of the gate before those of what it is multiplied with, so that each is a view of w (and of bias)
     Returns: [..., N_out] dtype of x; N_out is N, or N/2 where gated
     Raises:  TypeError for a dtype, ValueError for a shape or device that does not fit; both name the argument
     Backends: CUDA sm90, up to 16 rows of fp16|bf16 and K in multiples of 32: one kernel; otherwise CPU (AVX2, AVX512) and
@@ -40,7 +40,7 @@ def linear(
 
 def reference(x, w, bias=None, residual=None, activation="none", dtype: torch.dtype | None = None) -> torch.Tensor:
     """The op in plain torch. Computes in fp32, or in `dtype` (fp64 for tests), which is then also the result's."""
-    return linear_reference(x, w.to(dtype or torch.float32), bias, residual, activation, dtype)
+    return linear_reference(x, w.to(dtype or torch.float32), bias, residual, activation, dtype, halves=True)
 
 
 @register_fake("linear")
