@@ -17,6 +17,8 @@ from fastinfer import ops
 from fastinfer.modules import QuantizedLinear
 from fastinfer.modules.kept import KeptSiblings
 from fastinfer.modules.linear import float_weight
+from fastinfer.ops._common import ACTIVATIONS as EPILOGUES
+from fastinfer.ops.layout import GATE_ROWS
 
 if TYPE_CHECKING:
     from fastinfer.generation.cache import KVCache
@@ -44,7 +46,7 @@ ACTIVATIONS: dict[str, Act] = {
     "squared_relu": squared_relu,
     "quick_gelu": quick_gelu,
 }
-"""Those named as an epilogue, less its "_mul", run in the matmul where gate and up are merged."""
+"""Where there is an epilogue of that name and "_mul", it runs in the matmul of a gate and an up that are merged."""
 
 
 # ---- norm and linears -----------------------------------------------------------------------------------------------
@@ -130,9 +132,20 @@ class Linears:
         for together in self.siblings:
             if together.pair and together.activation == epilogue and together.linears[0] is self.linears[0]:
                 return together.product(x, epilogue)
-        # The marked place: `ops.linear` with this epilogue on [gate; up], once it takes them as halves.
+        weight, bias = self._whole()
+        if weight is not None and epilogue in EPILOGUES and len(weight) % (2 * GATE_ROWS) == 0:
+            return ops.linear(x, weight, bias, activation=epilogue)
         gate, up = self.outputs(x) if len(self.linears) == 2 else self.outputs(x)[0].chunk(2, -1)
         return ACTIVATIONS[self.activation](gate) * up
+
+    def _whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Float rows of all linears [N, K] and their biases, where they lie in one buffer."""
+        if self.merged and self.kept is not None:
+            return self.kept.weight(), self.kept.bias()
+        only = self.linears[0]
+        if len(self.linears) > 1 or isinstance(only, QuantizedLinear) or not float_weight(only).is_contiguous():
+            return None, None
+        return float_weight(only), only.bias
 
 
 def normed(norm: Norm | None, linears: Linears, x: torch.Tensor) -> Any:
