@@ -474,21 +474,34 @@ def test_learned_positions_tell_their_limit():
     assert step_of(fastinfer.patch(model_of("llama"), "keep")).limit is None
 
 
-def test_fewest_launches(monkeypatch):
+QUANTIZED = ["rms_norm", "int8_matmul", "kv_attention", "int8_matmul", "rms_norm", "int8_matmul", "int8_matmul"]
+KEPT = ["linear" if name == "int8_matmul" else name for name in QUANTIZED]
+APART = ["rms_norm", *3 * ["linear"], "kv_attention", "linear", "rms_norm", *3 * ["linear"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "merge", "expected"),
+    [
+        ("llama", "int8", True, QUANTIZED),
+        ("llama", "keep", True, KEPT),
+        ("llama", "keep", False, APART),
+        ("phi3", "keep", False, KEPT),
+    ],
+)
+def test_fewest_launches(monkeypatch, name, weights, merge, expected):
     """Per layer: two norms, merged QKV, attention, output, gate with up, down; and the last norm with the head."""
-    model = fastinfer.patch(model_of("llama"), "int8", merge=True)
+    model = fastinfer.patch(model_of(name), weights, merge=merge)
     calls = []
-    for name in ("int8_matmul", "kv_attention", "rms_norm"):
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: calls.append(name) or op(*a, **k))
+    for op_name in ("int8_matmul", "linear", "kv_attention", "rms_norm"):
+        op = getattr(ops, op_name)
+        monkeypatch.setattr(ops, op_name, lambda *a, op=op, n=op_name, **k: calls.append(n) or op(*a, **k))
     ids = torch.arange(3, 13).view(2, 5)
     cache = KVCache()
     proof._forward(model, ids, torch.ones_like(ids), cache)
     cache.reserve(8)
     calls.clear()
     step_of(model)(ids[:, :1], cache)
-    layer = ["rms_norm", "int8_matmul", "kv_attention", "int8_matmul", "rms_norm", "int8_matmul", "int8_matmul"]
-    assert calls == 2 * layer + ["rms_norm", "int8_matmul"]
+    assert calls == 2 * expected + ["rms_norm", expected[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -46,7 +46,7 @@ ACTIVATIONS: dict[str, Act] = {
     "squared_relu": squared_relu,
     "quick_gelu": quick_gelu,
 }
-"""Those named as an epilogue, less its "_mul", run in the matmul where gate and up are merged."""
+"""Where there is an epilogue of that name and "_mul", it runs in the matmul of a gate and an up that are merged."""
 
 
 # ---- norm and linears -----------------------------------------------------------------------------------------------
@@ -126,26 +126,26 @@ class Linears:
             done.update({id(linear): y for linear, y in zip(together.linears, shares, strict=True)})
         return [done[id(one)] if id(one) in done else multiply(one, x) for one in self.linears]
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The float weight and bias of all linears one after the other, where they lie so."""
-        if self.merged and self.kept is not None:
-            return self.kept.weight(), self.kept.bias()
-        linear = self.linears[0]
-        if len(self.linears) > 1 or isinstance(linear, QuantizedLinear) or not float_weight(linear).is_contiguous():
-            return None
-        return float_weight(linear), linear.bias
-
     def activated(self, x: torch.Tensor) -> torch.Tensor:
         """act(gate(x)) · up(x)."""
         epilogue = f"{self.activation}_mul"
         for together in self.siblings:
             if together.pair and together.activation == epilogue and together.linears[0] is self.linears[0]:
                 return together.product(x, epilogue)
-        rows = self._rows()
-        if epilogue in EPILOGUES and rows is not None and rows[0].shape[0] % (2 * GATE_ROWS) == 0:
-            return ops.linear(x, *rows, activation=epilogue)
+        weight, bias = self._whole()
+        if weight is not None and epilogue in EPILOGUES and len(weight) % (2 * GATE_ROWS) == 0:
+            return ops.linear(x, weight, bias, activation=epilogue)
         gate, up = self.outputs(x) if len(self.linears) == 2 else self.outputs(x)[0].chunk(2, -1)
         return ACTIVATIONS[self.activation](gate) * up
+
+    def _whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Float rows of all linears [N, K] and their biases, where they lie in one buffer."""
+        if self.merged and self.kept is not None:
+            return self.kept.weight(), self.kept.bias()
+        only = self.linears[0]
+        if len(self.linears) > 1 or isinstance(only, QuantizedLinear) or not float_weight(only).is_contiguous():
+            return None, None
+        return float_weight(only), only.bias
 
 
 def normed(norm: Norm | None, linears: Linears, x: torch.Tensor) -> Any:
