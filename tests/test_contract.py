@@ -18,7 +18,7 @@ SCHEMAS: dict[str, dict[str, str]] = {}  # op → overload → arguments; "defau
 for _stem, _overload, _arguments in re.findall(r'm\.def\(\s*"(\w+)(?:\.(\w+))?\((.*?)\) ->', TABLE):
     SCHEMAS.setdefault(_stem, {})[_overload or "default"] = _arguments
 NOT_OPS = {"cpu_isa", "dependent_launch", "set_tile_plans", "force_tile_plan", "tile_plan_candidates"}
-TORCH_IS_THE_FALLBACK = {"kv_attention", "linear", "sample"}  # Triton would be slower, or serve where nothing is fast
+TORCH_IS_THE_FALLBACK = {"linear", "sample"}  # a Triton kernel would be slower, or serve where nothing is fast anyway
 
 
 def module_of(op):
