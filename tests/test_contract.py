@@ -19,7 +19,7 @@ for _stem, _overload, _arguments in re.findall(r'm\.def\(\s*"(\w+)(?:\.(\w+))?\(
     SCHEMAS.setdefault(_stem, {})[_overload or "default"] = _arguments
 NOT_OPS = {"cpu_isa", "dependent_launch", "set_tile_plans", "force_tile_plan", "tile_plan_candidates"}
 # A Triton kernel would be slower, or serve where nothing is fast anyway.
-TORCH_IS_THE_FALLBACK = {"advance", "embed", "kv_attention", "linear", "sample"}
+TORCH_IS_THE_FALLBACK = {"advance", "embed", "linear", "sample"}
 
 
 def module_of(op):

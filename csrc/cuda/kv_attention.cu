@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) append_tokens_kernel(const _
   const int lane = threadIdx.x % 32, b = blockIdx.x / args.t, t = blockIdx.x % args.t;
   const bool active = lane < args.d / 8;
   const int length = split_row(args, RowLimits(args, b)).length;
+#pragma unroll 1
   for (int head = threadIdx.x / 32; head < args.g; head += kPlainWarps) {
     const int64_t position = (int64_t(b) * args.g + head) * args.positions + length + t;
     float k[8] = {}, v[8] = {};
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) append_tokens_kernel(const _
     }
     if constexpr (kInt8) {
       uint2 k_bytes, v_bytes;
-      const float k_scale = quantize_lanes(k, active, k_bytes), v_scale = quantize_lanes(v, active, v_bytes);
+      const float k_scale = quantize_lanes<32>(k, active, k_bytes), v_scale = quantize_lanes<32>(v, active, v_bytes);
       if (lane == 0) args.k_scale[position] = k_scale, args.v_scale[position] = v_scale;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -160,7 +160,9 @@ struct RotatedChunk {
   }
 };
 
-// One row of D = 8 · active lanes as the cache holds it: int8 and its scale, as int8_quantize rounds. All lanes call it.
+// Rows as an int8 cache holds them, each by kLanes neighbouring lanes with eight elements each: the codes and the scale, as
+// int8_quantize rounds. All lanes of the warp call it; what inactive ones hold does not count.
+template <int kLanes>
 __device__ __forceinline__ float quantize_lanes(const float (&v)[8], bool active, uint2& out) {
   float largest = 0.f;
   bool finite = true;
@@ -171,8 +173,10 @@ __device__ __forceinline__ float quantize_lanes(const float (&v)[8], bool active
   }
   if (!active) largest = 0.f, finite = true;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-  finite = __all_sync(~0u, finite);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  const unsigned bad = __ballot_sync(~0u, !finite), lanes = ~0u >> (32 - kLanes);
+  finite = (bad >> (threadIdx.x % 32 / kLanes * kLanes) & lanes) == 0;
   const float scale = __fdiv_rn(largest, 127.f);
   const bool zero = !finite || scale == 0.f;
   uint32_t bytes[8];

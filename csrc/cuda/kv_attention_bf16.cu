@@ -1,4 +1,4 @@
-#include "cuda/kv_attention_tile.cuh"
+#include "cuda/kv_attention_launch.cuh"
 
 namespace fastinfer {
 

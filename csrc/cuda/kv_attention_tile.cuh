@@ -24,7 +24,6 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
-#include "cuda/dependent_launch.cuh"
 #include "cuda/kv_attention.cuh"
 
 namespace fastinfer {
@@ -178,47 +177,52 @@ struct TileAttention {
   // The new tokens among 16 keys from position `at` on: rows `from` … `to` - 1 of the stage and, by the first chunk, the cache.
   static __device__ __forceinline__ void append(const AttentionArgs& args, const Work& work, uint32_t stage, int at,
                                                 int from, int to, int lane) {
-    const int64_t pair = int64_t(work.b) * args.g + work.head;
-    const bool active = lane < args.d / 8, writes = work.chunk == 0;
+    constexpr int kLanes = kD <= 64 ? 8 : kD <= 128 ? 16 : 32;  // of a token
+    const int64_t first = (int64_t(work.b) * args.g + work.head) * args.positions + at;
+    const int chunk = lane % kLanes;
 #pragma unroll 1
-    for (int row = from; row < to; ++row) {
+    for (int row = from + lane / kLanes; row - lane / kLanes < to; row += 32 / kLanes) {
+      const bool active = chunk < args.d / 8 && row < to, writes = active && work.chunk == 0;
       const int t = at + row - work.keys.length;
-      const int64_t position = pair * args.positions + at + row;
       float k[8] = {}, v[8] = {};
       if (active) {
         RotatedChunk<T> key;
-        key.load(args, args.k, work.b, t, work.head, lane);
-        load8(static_cast<const T*>(args.v.data) + work.b * args.v.row + t * args.v.token + work.head * args.v.head +
-                  8 * lane,
-              args.v.packs, v);
+        key.load(args, args.k, work.b, t, work.head, chunk);
+        const T* value = static_cast<const T*>(args.v.data) + work.b * args.v.row + t * args.v.token;
+        load8(value + work.head * args.v.head + 8 * chunk, args.v.packs, v);
         key.get(args, k);
       }
-      const uint32_t k_row = stage + row * kPitch, v_row = k_row + kKeys * kPitch;
-      if constexpr (kInt8) {
-        uint2 k_bytes, v_bytes;
-        const float k_scale = quantize_lanes(k, active, k_bytes), v_scale = quantize_lanes(v, active, v_bytes);
-        if (active) {
-          store_smem8(k_row + 8 * lane, k_bytes);
-          store_smem8(v_row + 8 * lane, v_bytes);
-          if (writes) {
-            reinterpret_cast<uint2*>(static_cast<char*>(args.k_cache) + position * args.d)[lane] = k_bytes;
-            reinterpret_cast<uint2*>(static_cast<char*>(args.v_cache) + position * args.d)[lane] = v_bytes;
-          }
-        }
-        if (lane == 0) {
-          store_smem_float(stage + kSmemScales + row * 4, k_scale);
-          store_smem_float(stage + kSmemScales + (kKeys + row) * 4, v_scale);
-          if (writes) args.k_scale[position] = k_scale, args.v_scale[position] = v_scale;
-        }
-      } else if (active) {
-        const Pack<T, 8> k_pack = pack8<T>(k), v_pack = pack8<T>(v);
-        store_smem16(k_row + 16 * lane, *reinterpret_cast<const uint4*>(&k_pack));
-        store_smem16(v_row + 16 * lane, *reinterpret_cast<const uint4*>(&v_pack));
-        if (writes) {
-          reinterpret_cast<Pack<T, 8>*>(static_cast<T*>(args.k_cache) + position * args.d)[lane] = k_pack;
-          reinterpret_cast<Pack<T, 8>*>(static_cast<T*>(args.v_cache) + position * args.d)[lane] = v_pack;
-        }
+      append_chunk(args, stage, row, first + row, chunk, active, writes, k, v);
+    }
+  }
+  static __device__ __forceinline__ void append_chunk(const AttentionArgs& args, uint32_t stage, int row,
+                                                      int64_t position, int chunk, bool active, bool writes,
+                                                      const float (&k)[8], const float (&v)[8]) {
+    constexpr int kLanes = kD <= 64 ? 8 : kD <= 128 ? 16 : 32;
+    const uint32_t k_row = stage + row * kPitch, v_row = k_row + kKeys * kPitch;
+    if constexpr (kInt8) {
+      uint2 k_bytes, v_bytes;
+      const float k_scale = quantize_lanes<kLanes>(k, active, k_bytes);
+      const float v_scale = quantize_lanes<kLanes>(v, active, v_bytes);
+      if (active) {
+        store_smem8(k_row + 8 * chunk, k_bytes);
+        store_smem8(v_row + 8 * chunk, v_bytes);
       }
+      if (active && chunk == 0) {
+        store_smem_float(stage + kSmemScales + row * 4, k_scale);
+        store_smem_float(stage + kSmemScales + (kKeys + row) * 4, v_scale);
+      }
+      if (!writes) return;
+      reinterpret_cast<uint2*>(static_cast<char*>(args.k_cache) + position * args.d)[chunk] = k_bytes;
+      reinterpret_cast<uint2*>(static_cast<char*>(args.v_cache) + position * args.d)[chunk] = v_bytes;
+      if (chunk == 0) args.k_scale[position] = k_scale, args.v_scale[position] = v_scale;
+    } else if (active) {
+      const Pack<T, 8> k_pack = pack8<T>(k), v_pack = pack8<T>(v);
+      store_smem16(k_row + 16 * chunk, *reinterpret_cast<const uint4*>(&k_pack));
+      store_smem16(v_row + 16 * chunk, *reinterpret_cast<const uint4*>(&v_pack));
+      if (!writes) return;
+      reinterpret_cast<Pack<T, 8>*>(static_cast<T*>(args.k_cache) + position * args.d)[chunk] = k_pack;
+      reinterpret_cast<Pack<T, 8>*>(static_cast<T*>(args.v_cache) + position * args.d)[chunk] = v_pack;
     }
   }
 
@@ -755,7 +759,10 @@ struct TileAttention {
     if (units > 0) attend(args, work, loader, base, work.rank, units, warp, lane);
     const uint32_t slots = base + kSmemState;
 #if __CUDA_ARCH__ >= 900
-    if (args.ranks > 1 && units == 0) cluster_wait();
+    if (units == 0) {
+      let_next_kernel_start();
+      if (args.ranks > 1) cluster_wait();
+    }
 #endif
     if (there == 0) return;  // with the whole cluster
 #if __CUDA_ARCH__ >= 900
@@ -776,66 +783,6 @@ struct TileAttention {
 template <typename T, bool kInt8, int kD, int kTiles>
 __global__ void __launch_bounds__(128, 2) tile_attention_kernel(const __grid_constant__ AttentionArgs args) {
   TileAttention<T, kInt8, kD, kTiles>::run(args);
-}
-
-// ---- launch -------------------------------------------------------------------------------------------------------------
-
-constexpr int kManyRows = 96;  // from so many pairs of row and head on, a block takes a whole group
-
-template <typename T, bool kInt8, int kD, int kTiles>
-void launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& like, const LaunchContext& context) {
-  using Kernel = TileAttention<T, kInt8, kD, kTiles>;
-  const auto kernel = tile_attention_kernel<T, kInt8, kD, kTiles>;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
-  const bool clusters = context.limits().capability >= 90;
-  args.chunks = ceil_quotient(args.rows, Kernel::kQueries);
-  args.units = clusters ? kRanks : 1;
-  // So many that one row fills a card of 132 × 2 blocks. Nothing that differs between calls of a model may show here.
-  args.unit_shift = clusters ? 3 : 0;
-  while (args.unit_shift < 8 && (args.g << (args.unit_shift + 1)) <= 256) ++args.unit_shift;
-  args.groups = most_groups(args.positions, args.units, args.unit_shift);
-  const int64_t items = int64_t(args.b) * args.g * args.chunks;
-  const bool spread = clusters && items < kManyRows &&
-                      possible_clusters(kernel, Kernel::kThreads, kRanks, Kernel::kSmemBytes, context, 2) > 0;
-  args.ranks = spread ? kRanks : 1;
-  std::optional<Tensor> partials, counters;
-  if (args.groups > 1) {
-    partials = torch::stable::new_empty(like, {items * args.groups * Kernel::kPartialFloats}, ScalarType::Float);
-    args.partials = static_cast<float*>(partials->mutable_data_ptr());
-    if (items * args.ranks <= kMostCounters) {
-      args.arrived = take_counters(items * args.ranks, context);
-    } else {
-      counters = torch::stable::new_zeros(like, {items}, ScalarType::Int);
-      args.arrived = static_cast<unsigned*>(counters->mutable_data_ptr());
-    }
-  }
-  const int64_t blocks = items * args.groups * args.ranks;
-  if (context.limits().capability == 90 || spread) {
-    const bool dependent = take_dependent_launch() && !counters.has_value();
-    launch_clusters(op, kernel, blocks, Kernel::kThreads, args.ranks, Kernel::kSmemBytes, dependent, args, context);
-  } else {
-    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSmemBytes, context.stream()>>>(args);
-    check_launch(op);
-  }
-}
-
-template <typename T, bool kInt8>
-void launch_tile_attention_of(const char* op, const AttentionArgs& args, const Tensor& like,
-                              const LaunchContext& context) {
-  const bool many = args.rows > 8;
-  if (args.d <= 64) {
-    many ? launch_tile_attention_as<T, kInt8, 64, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 64, 1>(op, args, like, context);
-  } else if (args.d <= 96) {
-    many ? launch_tile_attention_as<T, kInt8, 96, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 96, 1>(op, args, like, context);
-  } else if (args.d <= 128) {
-    many ? launch_tile_attention_as<T, kInt8, 128, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 128, 1>(op, args, like, context);
-  } else {
-    launch_tile_attention_as<T, kInt8, 256, 1>(op, args, like, context);
-  }
 }
 
 }  // namespace fastinfer

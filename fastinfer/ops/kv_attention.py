@@ -56,7 +56,7 @@ def kv_attention(
     Returns: [B, T, H, D] dtype of q, contiguous; 0 for a query that sees nothing
     Raises:  TypeError for a dtype, ValueError for a shape, stride, device or value that does not fit; both name the
              argument. Nothing is written then
-    Backends: CPU (AVX2, AVX512); CUDA sm80+, made for 16-bit queries; plain torch elsewhere
+    Backends: CPU (AVX2, AVX512); CUDA sm80+, made for 16-bit queries; Triton
     Numerics: error ≤ 2× that of the same in torch's operations in the dtype of q. Rotation, scores, softmax and sums are
              fp32. What the cache gets is that of the reference bit for bit: keys rotated in fp32 and rounded once; int8 as
              int8_quantize rounds, one scale a token and head. Attention sees what the cache holds, of the new tokens
@@ -74,9 +74,7 @@ def kv_attention(
         raise ValueError(f"{NAME}: softcap must be 0 or more, got {softcap}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     optional = k_scale, v_scale, cos, sin, starts
-    return run(
-        NAME, reference, q, k, v, k_cache, v_cache, lengths, *optional, scale, window, float(softcap), triton=False
-    )
+    return run(NAME, reference, q, k, v, k_cache, v_cache, lengths, *optional, scale, window, float(softcap))
 
 
 def _check_new(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

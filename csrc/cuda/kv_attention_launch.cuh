@@ -1,0 +1,67 @@
+// Launches kv_attention_tile.cuh: how many blocks, their room for partial sums, and which of its instances.
+#pragma once
+
+#include "cuda/dependent_launch.cuh"
+#include "cuda/kv_attention_tile.cuh"
+
+namespace fastinfer {
+
+constexpr int kManyRows = 64;  // from so many pairs of row and head on, a block takes a whole group
+
+template <typename T, bool kInt8, int kD, int kTiles>
+void launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& like, const LaunchContext& context) {
+  using Kernel = TileAttention<T, kInt8, kD, kTiles>;
+  const auto kernel = tile_attention_kernel<T, kInt8, kD, kTiles>;
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
+  const bool clusters = context.limits().capability >= 90;
+  args.chunks = ceil_quotient(args.rows, Kernel::kQueries);
+  args.units = clusters ? kRanks : 1;
+  // So many that one row fills a card of 132 × 2 blocks. Nothing that differs between calls of a model may show here.
+  args.unit_shift = clusters ? 3 : 0;
+  while (args.unit_shift < 8 && (args.g << (args.unit_shift + 1)) <= 256) ++args.unit_shift;
+  args.groups = most_groups(args.positions, args.units, args.unit_shift);
+  const int64_t items = int64_t(args.b) * args.g * args.chunks;
+  const bool spread = clusters && items < kManyRows &&
+                      possible_clusters(kernel, Kernel::kThreads, kRanks, Kernel::kSmemBytes, context, 2) > 0;
+  args.ranks = spread ? kRanks : 1;
+  std::optional<Tensor> partials, counters;
+  if (args.groups > 1) {
+    partials = torch::stable::new_empty(like, {items * args.groups * Kernel::kPartialFloats}, ScalarType::Float);
+    args.partials = static_cast<float*>(partials->mutable_data_ptr());
+    if (items * args.ranks <= kMostCounters) {
+      args.arrived = take_counters(items * args.ranks, context);
+    } else {
+      counters = torch::stable::new_zeros(like, {items}, ScalarType::Int);
+      args.arrived = static_cast<unsigned*>(counters->mutable_data_ptr());
+    }
+  }
+  const int64_t blocks = items * args.groups * args.ranks;
+  if (context.limits().capability == 90 || spread) {
+    const bool dependent = take_dependent_launch() && context.limits().capability == 90 && !counters.has_value();
+    launch_clusters(op, kernel, blocks, Kernel::kThreads, args.ranks, Kernel::kSmemBytes, dependent, args, context);
+  } else {
+    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSmemBytes, context.stream()>>>(args);
+    check_launch(op);
+  }
+}
+
+template <typename T, bool kInt8>
+void launch_tile_attention_of(const char* op, const AttentionArgs& args, const Tensor& like,
+                              const LaunchContext& context) {
+  const bool many = args.rows > 8;
+  if (args.d <= 64) {
+    many ? launch_tile_attention_as<T, kInt8, 64, 2>(op, args, like, context)
+         : launch_tile_attention_as<T, kInt8, 64, 1>(op, args, like, context);
+  } else if (args.d <= 96) {
+    many ? launch_tile_attention_as<T, kInt8, 96, 2>(op, args, like, context)
+         : launch_tile_attention_as<T, kInt8, 96, 1>(op, args, like, context);
+  } else if (args.d <= 128) {
+    many ? launch_tile_attention_as<T, kInt8, 128, 2>(op, args, like, context)
+         : launch_tile_attention_as<T, kInt8, 128, 1>(op, args, like, context);
+  } else {
+    launch_tile_attention_as<T, kInt8, 256, 1>(op, args, like, context);
+  }
+}
+
+}  // namespace fastinfer
