@@ -16,7 +16,7 @@ from fastinfer import ops
 from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
 from fastinfer.generation.cache import KVCache
-from fastinfer.generation.step import DecodeStep
+from fastinfer.generation.step import DecodeStep, _operands
 from fastinfer.modules import Int8Embedding
 from fastinfer.ops.layout import PANEL16, ROW, TILE_W8A8, TILE_W8A16
 from fastinfer.patching import RECORD
@@ -513,6 +513,5 @@ def test_an_embedding_is_looked_up_alike_in_every_layout(rows, layout, dtype):
     embedding.use_layout(layout)
     ids = torch.randint(0, rows, (2, 7))
     ids[0, 0] = rows - 1
-    assert torch.equal(embedding.look_up(ids), embedding(ids))
-    assert (embedding._places() is not None) is (rows == 48 and layout in (TILE_W8A16, TILE_W8A8))
-    assert torch.equal(copy.deepcopy(embedding).look_up(ids), embedding(ids))
+    operands, factor = _operands(embedding, 1.0)
+    assert factor == 1.0 and torch.equal(ops.embed(ids, *operands)[0], embedding(ids))

@@ -64,10 +64,8 @@ def whole_step(model_step: ModelStep, settings: Settings, eos: torch.Tensor | No
 
 
 def model_part(model_step: ModelStep, session: Session) -> torch.Tensor:
-    """A step's logits [B, V]."""
-    logits = model_step(session.ids, session.cache)[:, -1]
-    session.lengths.add_(1)
-    return logits
+    """A step's logits [B, V]; its positions are counted when its tokens are taken."""
+    return model_step(session.ids, session.cache)[:, -1]
 
 
 class Loop:
@@ -165,7 +163,7 @@ class Loop:
                 if record is not None:
                     record.append(values)
         settings = self.sampling.settings
-        self.session.take(self.session.choose(logits, settings), settings, self.eos, self.pad)
+        self.session.take(self.session.choose(logits, settings), settings, self.eos, self.pad, stepped=self.made > 0)
         self.made += 1
 
     def _ids(self, made: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastinfer.generation.cache import KVCache
 
 Act = Callable[[torch.Tensor], torch.Tensor]
+Rotations = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -162,7 +163,7 @@ class Context:
     """What all layers of a step share. `rotations` holds cos and sin [B, T, R] of each kind of rotation."""
 
     cache: KVCache
-    rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rotations: Rotations
 
 
 @dataclasses.dataclass

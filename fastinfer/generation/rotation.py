@@ -11,7 +11,7 @@ SHORTEST = 256
 
 
 class Rotation:
-    """cos and sin of all positions, side by side for each kind of rotation, [positions, ·] fp32.
+    """cos and sin of all positions, [kinds, positions, R] fp32; kinds with less than R columns leave the rest.
 
     Tables are made for powers of two of positions and kept, since a captured step reads the one it was captured with.
 
@@ -20,7 +20,7 @@ class Rotation:
 
     def __init__(self, module: nn.Module, kinds: list[str]):
         self.module, self.kinds = module, kinds
-        self._tables: dict[int, torch.Tensor] = {}
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._widths: list[int] = []
 
     def check(self) -> None:
@@ -30,7 +30,7 @@ class Rotation:
             cos, sin = self._angles(8, kind)
             if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[-1] % 2:
                 raise Unfusable(f"its rotation has angles of shapes {list(cos.shape)} and {list(sin.shape)}")
-            self._widths += [cos.shape[-1]] * 2
+            self._widths.append(cos.shape[-1])
             first, second = cos.chunk(2, -1)
             if not torch.equal(first, second):
                 raise Unfusable("its angles are not those of a rotation of halves: of interleaved pairs, perhaps")
@@ -47,16 +47,18 @@ class Rotation:
             raise Unfusable(f"its rotation, a {type(self.module).__name__}, gives no cos and sin: {error!r}") from error
         return cos.float(), sin.float()
 
-    def table(self, positions: int) -> torch.Tensor:
-        """The table of at least so many positions."""
+    def tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of at least so many positions, as `ops.embed` takes them."""
         length = max(SHORTEST, 1 << max(0, positions - 1).bit_length())
         if length not in self._tables:
-            both = [t[0] for kind in self.kinds for t in self._angles(length, kind)]
-            self._tables[length] = torch.cat(both, -1)
+            widest = max(self._widths)
+            pairs = [self._angles(length, kind) for kind in self.kinds]
+            cos, sin = (
+                torch.cat([nn.functional.pad(t, (0, widest - t.shape[-1])) for t in both]) for both in zip(*pairs)
+            )
+            self._tables[length] = cos, sin
         return self._tables[length]
 
-    def rows(self, at: torch.Tensor, capacity: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """cos and sin [B, T, R] of positions `at` [B, T] < capacity, by kind."""
-        rows = nn.functional.embedding(at, self.table(capacity))
-        pieces = rows.split(self._widths, -1)
-        return {kind: (pieces[2 * i], pieces[2 * i + 1]) for i, kind in enumerate(self.kinds)}
+    def by_kind(self, cos: torch.Tensor, sin: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin [B, T, R] of each kind, from their rows [kinds, B, T, R]."""
+        return {kind: (cos[i, ..., :r], sin[i, ..., :r]) for i, (kind, r) in enumerate(zip(self.kinds, self._widths))}

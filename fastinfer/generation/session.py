@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastinfer import ops
 from fastinfer.generation.cache import KVCache
 from fastinfer.generation.cache_layer import BUFFERS
 from fastinfer.generation.graphs import Recorder, Step
@@ -30,7 +31,8 @@ class Session:
     cache:    keys and values, at least of the capacity asked for
     ids:      [B, 1] int64, the tokens that the next step takes
     history:  [capacity, B] int64, the tokens made in this call
-    offset:   one int64, how many these are: where the next ones go, and what `ops.sample` counts draws with
+    made:     one int64, how many these are: where the next ones go
+    offset:   one int64, what `ops.sample` counts draws with: the same number
     seed:     one int64
     finished: [B] bool, rows that get padding from here on
     seen:     [B, V] bool, the tokens that a repetition penalty counts, or None before the first call with one
@@ -47,7 +49,9 @@ class Session:
         self.cache, self.recorder = cache, recorder
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.history = torch.zeros(cache.capacity, rows, dtype=torch.int64, device=device)
+        self.made = torch.zeros(1, dtype=torch.int64, device=device)
         self.offset = torch.zeros(1, dtype=torch.int64, device=device)
+        self.uncounted = torch.zeros(rows, dtype=torch.int32, device=device)  # in place of lengths, beside the prompt's
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.seen: torch.Tensor | None = None
@@ -57,6 +61,7 @@ class Session:
 
     def start(self, draws: bool, seen: torch.Tensor | None) -> None:
         """Sets all buffers for a new call, once the prompt is in the cache."""
+        self.made.zero_()
         self.offset.zero_()
         self.finished.zero_()
         if draws:
@@ -112,20 +117,20 @@ class Session:
         penalised = settings.repetition_penalty != 1
         return settings.sample(logits, self.seed, self.offset, self.seen if penalised else None)
 
-    def take(self, tokens: torch.Tensor, settings: Settings, eos: torch.Tensor | None, pad: int) -> None:
-        """Puts tokens where the next step and the host find them; with `eos`, finished rows get `pad`."""
+    def take(
+        self, tokens: torch.Tensor, settings: Settings, eos: torch.Tensor | None, pad: int, stepped: bool = True
+    ) -> None:
+        """Puts tokens where the next step and the host find them; with `eos`, finished rows get `pad`.
+
+        stepped: they come from a step, whose positions are counted with them; else from the prompt
+        """
         if eos is not None:
             tokens = tokens.masked_fill(self.finished, pad)
             self.finished.logical_or_((tokens[:, None] == eos).any(1))
         if settings.repetition_penalty != 1 and self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        self._advance(tokens)
-
-    def _advance(self, tokens: torch.Tensor) -> None:
-        """The one place where the op that does this in one launch goes."""
-        self.ids.copy_(tokens[:, None])
-        self.history.index_copy_(0, self.offset, tokens[None])
-        self.offset.add_(1)
+        lengths = self.lengths if stepped else self.uncounted
+        ops.advance(tokens, self.ids, lengths, self.offset, self.history, self.made)
 
     # ---- what the host mends ----------------------------------------------------------------------------------------
 

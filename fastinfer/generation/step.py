@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastinfer import ops
 from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
-from fastinfer.generation.parts import Context, multiply
+from fastinfer.generation.parts import Context, Rotations, multiply
 from fastinfer.generation.watch import Watch
 from fastinfer.modules import Int8Embedding
 from fastinfer.modules.kept import KeptSiblings
@@ -141,9 +142,8 @@ class DecodeStep:
             raise ValueError(
                 f"ids must be [B, 1 … {MOST_TOKENS}] beside a cache with content, got {list(ids.shape)} and {cache!r}"
             )
-        decoder, at = self.decoder, _positions(cache.lengths, cache.starts, ids.shape[1])
-        x = self._embed(ids, at)
-        rotations = {} if decoder.rotation is None else decoder.rotation.rows(at, cache.capacity)
+        decoder = self.decoder
+        x, rotations = self._embed(ids, cache)
         context = Context(cache, rotations)
         for layer in decoder.layers:
             x = layer(x, context)
@@ -153,19 +153,26 @@ class DecodeStep:
             x = decoder.project_out(x)
         return self._logits(x)
 
-    def _embed(self, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        decoder, embedding = self.decoder, self.decoder.embedding
-        if isinstance(embedding, Int8Embedding):
-            x = embedding.look_up(ids)
+    def _embed(self, ids: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, Rotations]:
+        """x [B, T, K] and the angles of each kind of rotation, at positions lengths − starts + t."""
+        decoder = self.decoder
+        operands, factor = _operands(decoder.embedding, decoder.factor)
+        ids = ids.contiguous()
+        rotations: Rotations = {}
+        if decoder.rotation is None:
+            x, _, _ = ops.embed(ids, *operands)
         else:
-            x = nn.functional.embedding(ids, embedding.weight)
-        if decoder.factor != 1.0:
-            x = x * decoder.factor
+            cos, sin = decoder.rotation.tables(cache.capacity)
+            x, cos, sin = ops.embed(ids, *operands, cos=cos, sin=sin, lengths=cache.lengths, starts=cache.starts)
+            rotations = decoder.rotation.by_kind(cos, sin)
+        if factor != 1.0:
+            x = x * factor
         if decoder.project_in is not None:
             x = multiply(decoder.project_in.linears[0], x)
         if decoder.positions is not None:
+            at = _positions(cache.lengths, cache.starts, ids.shape[1])
             x = x + nn.functional.embedding(at + decoder.positions.offset, decoder.positions.table.weight)
-        return x
+        return x, rotations
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         decoder = self.decoder
@@ -177,6 +184,15 @@ class DecodeStep:
         if decoder.softcap:
             logits = torch.tanh(logits / decoder.softcap) * decoder.softcap
         return logits
+
+
+def _operands(embedding: nn.Embedding, factor: float) -> tuple[tuple, float]:
+    """What `ops.embed` takes of an embedding whose rows are multiplied by `factor`, and what it leaves of that."""
+    if isinstance(embedding, Int8Embedding):
+        layout, dtype = embedding.layout, embedding.compute_dtype
+        return (embedding.weight, embedding.weight_scale, embedding.factor, layout, dtype), factor
+    rounded = torch.tensor(factor, dtype=embedding.weight.dtype, device="cpu").item()
+    return ((embedding.weight, None, factor), 1.0) if rounded == factor else ((embedding.weight,), factor)
 
 
 def _positions(lengths: torch.Tensor, starts: torch.Tensor | None, count: int) -> torch.Tensor:
