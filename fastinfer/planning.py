@@ -265,6 +265,8 @@ class Planner:
         report.bytes_before = model_bytes(self.model)
         report.bytes_after = report.bytes_before - sum(r.bytes_before - r.bytes_after for r in report.replaced)
         devices = {task.linears[0].weight.device for task in self.plan.tasks}
+        if not devices and report.step_fused:
+            devices = {parameter.device for parameter in self.model.parameters()}
         report.backend = ", ".join(sorted({_native.describe(d) for d in devices}))
         activations = {task.spec.activations for task in self.plan.tasks if task.spec.activations}
         report.notes += [f"int8 weights with activations={kind!r}" for kind in sorted(activations)]

@@ -146,6 +146,13 @@ def test_same_logits_in_16_bits(name, dtype):
     assert got.dtype == dtype and proof._error(got, want) < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_int8_activations(merge):
+    model = fastinfer.patch(model_of("llama"), "int8", activations="int8", merge=merge)
+    got, want = run_both(step_of(model), model)
+    assert proof._error(got, want) < 0.02
+
+
 def test_int8_cache():
     model = fastinfer.patch(model_of("gemma3"), "keep")
     got, want = run_both(step_of(model), model, kind="int8")
@@ -191,6 +198,7 @@ UNKNOWN = {
     "other layer's keys": (add(f"{LAYER}.self_attn", "layer_idx", 0), "keeps its keys under layer 0"),
     "activation": (add(f"{LAYER}.mlp", "act_fn", lambda: nn.Mish()), "Mish, is none"),
     "forward": (add(f"{LAYER}.mlp", "forward", lambda: print), "forward of .*mlp was replaced"),
+    "layer types": (lambda model: setattr(model.config, "layer_types", 3), "cannot be read"),
     "a module of the model": (add("", "adapter", lambda: nn.Linear(64, 64)), "has a adapter"),
     "another norm": (
         add(LAYER, "input_layernorm", lambda: nn.GroupNorm(4, 64)),
@@ -295,6 +303,7 @@ def test_kept_weights_share_a_buffer_and_come_back():
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(held.values()) == bytes_before
     assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert fastinfer.report(model).backend.startswith(("cpu", "reference")) and not fastinfer.report(model).replaced
     fastinfer.unpatch(model)
     assert storages(attention.q_proj, attention.k_proj, attention.v_proj) == 3
     after = model.state_dict()
@@ -417,6 +426,14 @@ def test_stale_under_autocast_and_a_global_hook():
     assert "hook on all modules" in step.stale()
     handle.remove()
     assert step.stale() is None
+
+
+def test_follows_another_attention():
+    """transformers' sdpa, up to 5.17, leaves Gemma 2's softcap out; newer ones refuse it."""
+    model = fastinfer.patch(model_of("gemma2"), "keep")
+    model.set_attn_implementation("eager")
+    check(model)
+    assert step_of(model).decoder.layers[0].attention.softcap == 50.0
 
 
 def test_lora_makes_it_stale_and_goes_again():

@@ -69,7 +69,12 @@ class DecodeStep:
         return f"fused, {len(self.decoder.layers)} layers"
 
     def _read(self) -> None:
-        self.decoder = rule.read(self.model)
+        try:
+            self.decoder = rule.read(self.model)
+        except Unfusable:
+            raise
+        except Exception as error:  # of a structure that nobody foresaw; the model works without the step
+            raise Unfusable(f"its structure cannot be read: {type(error).__name__}: {error}") from error
         if self._kept is not None:
             self.merge()
         self.watch = Watch(self.model)
