@@ -4,9 +4,9 @@ An encoder's call launches hundreds of kernels, each too short for a small batch
 them is one launch. A call is recorded when it comes a second time with inputs of the same names, shapes and dtypes and the
 same flags; from then on inputs are copied to where the graph reads them, and its outputs to the caller.
 
-A recording counts once it is proven: its replays must return what the calls do, with the mask at hand and with one of holes.
-Scaled dot-product attention takes additive masks, which torch makes of boolean ones in every layer anew; where a model proves
-equal when it is given an additive mask of four dimensions at once, that is what is recorded.
+A recording counts once it is proven: its replays must return what the calls do, with the mask at hand and with one full of
+holes. Scaled dot-product attention adds its mask, which torch makes of a boolean one in every layer anew; where a model
+proves equal when it is given an additive mask of four dimensions at once, that is what is recorded.
 
 Never replayed: calls with gradients, in train mode, under autocast or modes that watch operators, with other arguments than
 tensors and plain values, large ones, or while hooks sit inside; nor after anything in the module has changed (snapshot.py).
@@ -82,7 +82,7 @@ def with_inputs(call: partial, tensors: list[torch.Tensor]) -> partial:
 def has_mask(call: partial) -> bool:
     """Whether it is given the usual mask of tokens [B, L], by name."""
     mask = call.keywords.get(MASK)
-    return type(mask) is torch.Tensor and mask.dim() == 2 and not mask.is_floating_point()
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.is_floating_point()
 
 
 def with_holes(call: partial) -> partial:
