@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastinfer import _native, ops
+from fastinfer.modules import capture
 from fastinfer.ops.layout import TILE_W4A16, native_layout
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -56,3 +57,11 @@ def matmuls(monkeypatch):
             ops, name, lambda x, w, *rest, op=op, **named: rows.append(len(w)) or op(x, w, *rest, **named)
         )
     return rows
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Calls of encoders are recorded on the CPU, by a stand-in for CUDA graphs."""
+    from graph_cases import Closures
+
+    monkeypatch.setitem(capture.RECORDERS, "cpu", Closures)

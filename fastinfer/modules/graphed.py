@@ -4,6 +4,10 @@ An encoder's call launches hundreds of kernels, each too short for a small batch
 them is one launch. A call is recorded when it comes a second time with inputs of the same names, shapes and dtypes and the
 same flags; from then on inputs are copied to where the graph reads them, and its outputs to the caller.
 
+A recording counts once it is proven: its replays must return what the calls do, with the mask at hand and with one full of
+holes. Scaled dot-product attention adds its mask, which torch makes of a boolean one in every layer anew; where a model
+proves equal when it is given an additive mask of four dimensions at once, that is what is recorded.
+
 Never replayed: calls with gradients, in train mode, under autocast or modes that watch operators, with other arguments than
 tensors and plain values, large ones, or while hooks sit inside; nor after anything in the module has changed (snapshot.py).
 Under a capture transformers makes its attention masks for any content: it leaves none out because it holds only ones.
@@ -37,6 +41,7 @@ CLOSE = 0.05
 """Largest difference of a replay from the call itself, in parts of its largest output. Masks decide which of torch's
 attention kernels runs, so that they may differ in rounding."""
 
+MASK = "attention_mask"
 Inputs = tuple[tuple, list[torch.Tensor]]
 PLAIN = (type(None), bool, int, float, str)
 
@@ -58,6 +63,41 @@ def inputs_of(args: tuple, kwargs: dict) -> Inputs | None:
     if not tensors or any(t.device != tensors[0].device for t in tensors):
         return None
     return (tensors[0].device, *kinds), tensors
+
+
+def tensors_of(call: partial) -> list[torch.Tensor]:
+    """The tensors among a call's arguments, in the order of inputs_of."""
+    values = (*call.args, *(value for _, value in sorted(call.keywords.items())))
+    return [value for value in values if type(value) is torch.Tensor]
+
+
+def with_inputs(call: partial, tensors: list[torch.Tensor]) -> partial:
+    """The same call of other tensors."""
+    rest = iter(tensors)
+    args = [next(rest) if type(value) is torch.Tensor else value for value in call.args]
+    kwargs = {n: next(rest) if type(v) is torch.Tensor else v for n, v in sorted(call.keywords.items())}
+    return partial(call.func, *args, **kwargs)
+
+
+def has_mask(call: partial) -> bool:
+    """Whether it is given the usual mask of tokens [B, L], by name."""
+    mask = call.keywords.get(MASK)
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+
+
+def with_holes(call: partial) -> partial:
+    """The same call with every third token masked, and no other."""
+    mask = call.keywords[MASK]
+    kept = (torch.arange(mask.shape[1], device=mask.device) % 3 != 2).to(mask.dtype)
+    return partial(call.func, *call.args, **call.keywords | {MASK: kept.expand_as(mask).contiguous()})
+
+
+def with_additive_mask(call: partial) -> partial:
+    """The same call given what attention adds to its scores [B, 1, L, L] as the mask."""
+    mask, dtype = call.keywords[MASK], call.args[0].dtype
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, -torch.inf)
+    bias = bias[:, None, None].expand(-1, -1, mask.shape[1], -1)
+    return partial(call.func, *call.args, **call.keywords | {MASK: bias})
 
 
 def only_infers(device: torch.device) -> bool:
@@ -125,6 +165,7 @@ class Graphs:
         self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
         self.calls: OrderedDict[tuple, int] = OrderedDict()
         self.patience = 2
+        self.additive = True
 
     def __getstate__(self) -> dict:
         return {"module": self.module, "reason": self.reason}
@@ -193,14 +234,12 @@ class Graphs:
                 snapshot = self._prepare(tensors[0].device)
                 if snapshot.training or snapshot.hooked():  # that may change again
                     return
-                graph = self._recorded(work, tensors)
+                graph = self._proven(work, tensors, result)
                 if not snapshot.unchanged():
                     raise CaptureError("it changes its own attributes when called")
-                with self.recorder.ordered():
-                    graph.check(tensors, result)
-        except (CaptureError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # whatever it is, the call itself has succeeded
             self.clear()
-            self.reason = str(error).partition("\n")[0]
+            self.reason = str(error).partition("\n")[0] or type(error).__name__
             return
         if len(self.graphs) >= MAX_GRAPHS:
             self.recorder.finish()
@@ -216,16 +255,32 @@ class Graphs:
             self.snapshot = Snapshot(self.module, device)
         return self.snapshot
 
-    def _recorded(self, work: partial, tensors: list[torch.Tensor]) -> Graph:
+    def _proven(self, call: partial, tensors: list[torch.Tensor], result: Any) -> Graph:
+        """A recording of a call whose replays return what such calls do."""
+        expected = [(tensors, result)]
+        if has_mask(call):
+            holes = with_holes(call)
+            expected.append((tensors_of(holes), holes()))
+        if self.additive and has_mask(call) and getattr(self.module.config, "_attn_implementation", "") == "sdpa":
+            try:
+                return self._recorded(call, tensors, expected, with_additive_mask)
+            except CaptureError:
+                self.additive = False
+        return self._recorded(call, tensors, expected)
+
+    def _recorded(self, call: partial, tensors: list[torch.Tensor], expected: list, change: Any = None) -> Graph:
         buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-        in_turn = iter(buffers)  # as inputs_of has listed the tensors
-        args = [next(in_turn) if type(value) is torch.Tensor else value for value in work.args]
-        kwargs = {n: next(in_turn) if type(v) is torch.Tensor else v for n, v in sorted(work.keywords.items())}
+        fixed = with_inputs(call, buffers)
         versions = [buffer._version for buffer in buffers]
-        replay, result = self.recorder.record(lambda: work.func(*args, **kwargs))
+        replay, result = self.recorder.record(lambda: change(fixed)() if change else fixed())
         if [buffer._version for buffer in buffers] != versions:
             raise CaptureError("it writes to its inputs")
-        return Graph(buffers, replay, result)
+        graph = Graph(buffers, replay, result)
+        with self.recorder.ordered():
+            for given, wanted in expected:
+                graph.check(given, wanted)
+        graph.replays = 0
+        return graph
 
 
 class GraphedForward(partial):

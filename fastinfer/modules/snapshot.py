@@ -57,7 +57,7 @@ class Snapshot:
             return False
 
     def hooked(self) -> bool:
-        """Whether a submodule, or all modules, have hooks. transformers' own, which record outputs, do nothing unless asked."""
+        """Whether a submodule, or all modules, have hooks; those by which transformers records outputs idle otherwise."""
         if torch_module._has_any_global_hook():
             return True
         if self.hooks_seen != RemovableHandle.next_id:  # a hook was added somewhere since
