@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(32 * kPlainWarps) append_tokens_kernel(const _
     const int64_t position = (int64_t(b) * args.g + head) * args.positions + length + t;
     float k[8] = {}, v[8] = {};
     if (active) {
-      RotatedChunk<T> chunk;
+      RotatedChunk<T, false> chunk;
       chunk.load(args, args.k, b, t, head, lane);
       chunk.get(args, k);
       load8(static_cast<const T*>(args.v.data) + b * args.v.row + t * args.v.token + head * args.v.head + 8 * lane,
-            args.v.packs, v);
+            false, v);
     }
     if constexpr (kInt8) {
       uint2 k_bytes, v_bytes;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
   const KeySplit keys = split_row(args, RowLimits(args, b));
   const int64_t pair = (int64_t(b) * args.g + head / args.group) * args.positions;
   float q[8] = {}, v[8] = {}, top = -__builtin_inff(), sum = 0.f;
-  RotatedChunk<T> query;
+  RotatedChunk<T, false> query;
   if (active) query.load(args, args.q, b, t, head, lane);
   query.get(args, q);
 

@@ -94,8 +94,8 @@ struct Raw8 {
 };
 
 // Dimensions 8 · chunk … 8 · chunk + 7 of a head of a token, rotated in fp32: loads where it is made, where that can be by
-// packs, and the rest in get().
-template <typename T>
+// packs (never where not kPacks), and the rest in get().
+template <typename T, bool kPacks = true>
 struct RotatedChunk {
   enum class State { kNone, kPlain, kRotated, kSlow };
   State state = State::kNone;
@@ -112,6 +112,7 @@ struct RotatedChunk {
     cos_at = b * a.cos.row + t * a.cos.token, sin_at = b * a.sin.row + t * a.sin.token;
     const bool rotates = at < 2 * a.half;
     state = !from.packs || (rotates && !a.rotation_packs) ? State::kSlow : rotates ? State::kRotated : State::kPlain;
+    if (!kPacks) state = State::kSlow;
     if (state == State::kSlow) return;
     own.load(x + at);
     if (!rotates) return;
