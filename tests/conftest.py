@@ -65,3 +65,21 @@ def recording(monkeypatch):
     from graph_cases import Closures
 
     monkeypatch.setitem(capture.RECORDERS, "cpu", Closures)
+
+
+@pytest.fixture(params=["at once", "late"])
+def pace(request, monkeypatch):
+    """Tokens that the host sees at once, as on the CPU, or one step late with captured steps, as on a GPU."""
+    from generating import late
+
+    if request.param == "late":
+        late(monkeypatch)
+
+
+@pytest.fixture
+def pair(monkeypatch, pace):
+    """A model, and the same one with our loop."""
+    from generating import long, patched
+
+    model = long(monkeypatch, "llama")
+    return model, patched(model)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import architectures
 import torch
 from architectures import build
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast
 
-from fastinfer.generation import engine
+import fastinfer
+from fastinfer.generation import engine as engines
 from fastinfer.generation.mail import Mail
 
 PROMPT = 9
@@ -111,4 +116,52 @@ def late(monkeypatch):
     """The CPU as a device that runs behind the host, with captured steps."""
     monkeypatch.setattr(Replays, "recorded", 0)
     monkeypatch.setattr(Replays, "warmed", 0)
-    monkeypatch.setitem(engine.BACKENDS, "cpu", engine.Backend(LateMail, Replays))
+    monkeypatch.setitem(engines.BACKENDS, "cpu", engines.Backend(LateMail, Replays))
+
+
+def patched(model, **options):
+    return fastinfer.patch(copy.deepcopy(model), "keep", **options)
+
+
+def engine(model):
+    return vars(model)["_fastinfer"].engine
+
+
+def both(pair, rows=1, padded=False, **options):
+    """What both models generate. The second has to do it in our loop."""
+    given = prompts(rows, padded)
+    theirs = pair[0].generate(**given, **copy.copy(options))
+    ours = pair[1].generate(**given, **copy.copy(options))
+    assert fastinfer.report(pair[1]).last_generate == "fused"
+    return theirs, ours
+
+
+def same(pair, **options):
+    theirs, ours = both(pair, **options)
+    assert torch.equal(theirs, ours)
+    return ours
+
+
+def made(pair, rows=3):
+    return pair[0].generate(**prompts(rows), max_new_tokens=30)[:, PROMPT:]
+
+
+def letters():
+    """A tokenizer whose token i is the letter chr(33 + i)."""
+    tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(131)}, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class Streamer:
+    def __init__(self, fail_at=None):
+        self.events, self.fail_at = [], fail_at
+
+    def put(self, value):
+        self.events.append(value.tolist())
+        if len(self.events) == self.fail_at:
+            raise OSError("the client is gone")
+
+    def end(self):
+        self.events.append("end")
