@@ -1,5 +1,6 @@
 // kv_attention: new keys and values into a static cache, keys rotated on the way; then y = softmax(q · keysᵀ) · values
-// Source    as in kv_attention_tile.cuh, which 16-bit queries take; here fp32 ones, and caches that are not aligned
+// Source    as in kv_attention_tile.cuh, which 16-bit queries take; here fp32 ones, caches that are not aligned,
+//           and heads too large for the shared memory of the GPU
 // Layout    LAYOUTS.md#kv-cache
 // Requires  sm80+
 // Mapping   two launches: a warp appends a token of a head of the cache, lane i its dimensions 8i … 8i + 7; then a block of
@@ -225,19 +226,16 @@ Tensor kv_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, cons
   AttentionArgs args = make_args(tensors, s, y);
   args.window = static_cast<int>(std::min(window, kMost));
   const bool int8 = k_scale.has_value();
-  if (q.scalar_type() == ScalarType::Float || !is_aligned16(k_cache) || !is_aligned16(v_cache)) {
-    args.scale = static_cast<float>(scale), args.softcap = static_cast<float>(softcap);
-    launch_plain(op, args, q.scalar_type(), int8, context);
-    return y;
+  if (q.scalar_type() != ScalarType::Float && is_aligned16(k_cache) && is_aligned16(v_cache)) {
+    // Scores to base 2; capped ones as kv_attention_tile.cuh computes tanh.
+    args.scale = static_cast<float>(softcap > 0 ? 2 * kLog2E * scale / softcap : kLog2E * scale);
+    args.softcap = static_cast<float>(kLog2E * softcap);
+    const auto launch =
+        q.scalar_type() == ScalarType::Half ? launch_tile_attention<__half> : launch_tile_attention<__nv_bfloat16>;
+    if (launch(op, args, int8, q, context)) return y;
   }
-  // Scores to base 2; capped ones as kv_attention_tile.cuh computes tanh.
-  args.scale = static_cast<float>(softcap > 0 ? 2 * kLog2E * scale / softcap : kLog2E * scale);
-  args.softcap = static_cast<float>(kLog2E * softcap);
-  if (q.scalar_type() == ScalarType::Half) {
-    launch_tile_attention<__half>(op, args, int8, q, context);
-  } else {
-    launch_tile_attention<__nv_bfloat16>(op, args, int8, q, context);
-  }
+  args.scale = static_cast<float>(scale), args.softcap = static_cast<float>(softcap);
+  launch_plain(op, args, q.scalar_type(), int8, context);
   return y;
 }
 

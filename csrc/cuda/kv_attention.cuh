@@ -216,8 +216,9 @@ __device__ __forceinline__ KeySplit split_row(const AttentionArgs& a, const RowL
 // ---- kernels ------------------------------------------------------------------------------------------------------------
 
 // 16-bit queries over a cache of 16-byte aligned rows; fills in the rest of `args`, allocates beside `like`.
+// False where the GPU has too little shared memory.
 template <typename T>
-void launch_tile_attention(const char* op, AttentionArgs args, bool int8, const Tensor& like,
+bool launch_tile_attention(const char* op, AttentionArgs args, bool int8, const Tensor& like,
                            const LaunchContext& context);
 
 // `count` counters that are 0 and that no launch in flight has.

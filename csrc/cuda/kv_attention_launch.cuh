@@ -8,9 +8,11 @@ namespace fastinfer {
 
 constexpr int kManyRows = 64;  // from so many pairs of row and head on, a block takes a whole group
 
+// False where the GPU has too little shared memory.
 template <typename T, bool kInt8, int kD, int kTiles>
-void launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& like, const LaunchContext& context) {
+bool launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& like, const LaunchContext& context) {
   using Kernel = TileAttention<T, kInt8, kD, kTiles>;
+  if (Kernel::kSmemBytes > context.limits().smem_per_block) return false;
   const auto kernel = tile_attention_kernel<T, kInt8, kD, kTiles>;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
@@ -44,24 +46,23 @@ void launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& 
     kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSmemBytes, context.stream()>>>(args);
     check_launch(op);
   }
+  return true;
+}
+
+template <typename T, bool kInt8, int kD>
+bool launch_tile_attention_for(const char* op, const AttentionArgs& args, const Tensor& like,
+                               const LaunchContext& context) {
+  if (args.rows > 8 && launch_tile_attention_as<T, kInt8, kD, 2>(op, args, like, context)) return true;
+  return launch_tile_attention_as<T, kInt8, kD, 1>(op, args, like, context);
 }
 
 template <typename T, bool kInt8>
-void launch_tile_attention_of(const char* op, const AttentionArgs& args, const Tensor& like,
+bool launch_tile_attention_of(const char* op, const AttentionArgs& args, const Tensor& like,
                               const LaunchContext& context) {
-  const bool many = args.rows > 8;
-  if (args.d <= 64) {
-    many ? launch_tile_attention_as<T, kInt8, 64, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 64, 1>(op, args, like, context);
-  } else if (args.d <= 96) {
-    many ? launch_tile_attention_as<T, kInt8, 96, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 96, 1>(op, args, like, context);
-  } else if (args.d <= 128) {
-    many ? launch_tile_attention_as<T, kInt8, 128, 2>(op, args, like, context)
-         : launch_tile_attention_as<T, kInt8, 128, 1>(op, args, like, context);
-  } else {
-    launch_tile_attention_as<T, kInt8, 256, 1>(op, args, like, context);
-  }
+  if (args.d <= 64) return launch_tile_attention_for<T, kInt8, 64>(op, args, like, context);
+  if (args.d <= 96) return launch_tile_attention_for<T, kInt8, 96>(op, args, like, context);
+  if (args.d <= 128) return launch_tile_attention_for<T, kInt8, 128>(op, args, like, context);
+  return launch_tile_attention_as<T, kInt8, 256, 1>(op, args, like, context);
 }
 
 }  // namespace fastinfer

@@ -97,21 +97,21 @@ struct TileAttention {
   static constexpr int kPitch = (kPacks | 1) * 16;  // odd, so that eight rows lie in different banks
   static constexpr int kSmemScales = 2 * kKeys * kPitch;
   static constexpr int kStageBytes = kSmemScales + (kInt8 ? 2 * kKeys * 4 : 0);  // keys, values, their scales
-  static constexpr int kFit = 80 * 1024 / (kWarps * kStageBytes);
-  static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
   static constexpr int kQPitch = 2 * kD + 16;
-  static constexpr int kSmemQ = kWarps * kDepth * kStageBytes;
   static constexpr int kOwned = (kParts + kRanks - 1) / kRanks;  // parts of a rank of a cluster, at most
-  static constexpr int kSlotBytes =
-      512 + 64;  // a warp's share of a part: a float4 a lane, stats of two queries a float4
-  static constexpr int kSmemState =
-      kSmemQ + kQueries * kQPitch;  // slots: [parts, warps], in clusters [owned, units, warps]
+  // Slots: a warp's share of a part, a float4 a lane and the stats of two queries a float4. [parts, warps], in clusters
+  // [owned, units, warps].
+  static constexpr int kSlotBytes = 512 + 64;
   static constexpr int kSlots = kWarps * (kParts > kRanks * kOwned ? kParts : kRanks * kOwned);
-  static constexpr int kSmemArrived = kSmemState + kSlots * kSlotBytes;  // mbarrier of what ranks send
+  static constexpr int kRestBytes = kQueries * kQPitch + kSlots * kSlotBytes + 16;
+  static constexpr int kFit = (113 * 1024 - kRestBytes) / (kWarps * kStageBytes);  // two blocks a multiprocessor of 9.0
+  static constexpr int kDepth = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+  static constexpr int kSmemQ = kWarps * kDepth * kStageBytes;
+  static constexpr int kSmemState = kSmemQ + kQueries * kQPitch;
+  static constexpr int kSmemArrived = kSmemState + kSlots * kSlotBytes;  // mbarrier of what ranks send; an answer
   static constexpr int kSmemBytes = kSmemArrived + 16;
-  static constexpr int kPartialFloats = kParts * (128 + 16);  // of a group: sums, stats
-  static constexpr bool kScaledValues =
-      kInt8 && std::is_same_v<T, __half>;  // products of fp16 and v_scale might vanish
+  static constexpr int kPartialFloats = kParts * (128 + 16);                 // of a group: sums, stats
+  static constexpr bool kScaledValues = kInt8 && std::is_same_v<T, __half>;  // fp16 times v_scale might vanish
   static_assert(kD % 32 == 0 && kStageBytes % 16 == 0 && kSmemArrived % 16 == 0);
 
   struct Work {
