@@ -194,6 +194,7 @@ UNKNOWN = {
     "norm": (add(LAYER, "extra_norm", lambda: nn.LayerNorm(64)), "extra_norm.*no arrangement"),
     "sinks": (add(f"{LAYER}.self_attn", "sinks", lambda: nn.Parameter(torch.zeros(4))), "has a tensor sinks"),
     "factor": (add(f"{LAYER}.mlp", "down_multiplier", 0.5), "has a factor down_multiplier = 0.5"),
+    "factor of the model": (add("model", "embed_scale", 8.0), "model has a factor embed_scale = 8"),
     "not causal": (add(f"{LAYER}.self_attn", "is_causal", False), "is not causal"),
     "other layer's keys": (add(f"{LAYER}.self_attn", "layer_idx", 0), "keeps its keys under layer 0"),
     "activation": (add(f"{LAYER}.mlp", "act_fn", lambda: nn.Mish()), "Mish, is none"),
@@ -267,6 +268,17 @@ def test_an_unproven_step_is_dropped_with_its_reason(monkeypatch):
     report = fastinfer.report(fastinfer.patch(model, "int8"))
     assert report.decode_step == "not fused: it lies" and "decode step: not fused: it lies" in str(report)
     assert step_of(model) is None
+
+
+def test_an_interrupted_patch_restores_the_model(monkeypatch):
+    def interrupted(step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "prove", interrupted)
+    model = model_of("gpt2")
+    with pytest.raises(KeyboardInterrupt):
+        fastinfer.patch(model, "keep", merge=True)
+    assert RECORD not in vars(model) and all(p.is_contiguous() for p in model.parameters())
 
 
 def test_proof_leaves_the_model_as_it_was():

@@ -50,19 +50,19 @@ class DecodeStep:
     @classmethod
     def proven(cls, model: nn.Module, merge: bool) -> tuple[DecodeStep | None, str]:
         """The step of a model after its proof, with float linears merged or not; and in words what came of it."""
-        step = None
         try:
             step = cls(model)
+        except Unfusable as error:
+            return None, f"not fused: {error}"
+        reason: str | None = "interrupted"
+        try:
             if merge:
                 step.merge()
             reason = step.prove()
-        except Unfusable as error:
-            reason = str(error)
-        if reason is None and step is not None:
-            return step, str(step)
-        if step is not None:
-            step.release()
-        return None, f"not fused: {reason}"
+        finally:
+            if reason is not None:
+                step.release()
+        return (step, str(step)) if reason is None else (None, f"not fused: {reason}")
 
     def __str__(self) -> str:
         return f"fused, {len(self.decoder.layers)} layers"
