@@ -70,6 +70,9 @@ def test_why_apart():
     assert "dtype or device" in KeptSiblings([first, third.half()]).why_apart()
     assert "input features" in KeptSiblings([first, nn.Linear(8, 16)]).why_apart()
     assert "no plain tensor" in KeptSiblings([first, nn.Linear(24, 16, device="meta")]).why_apart()
+    with torch.inference_mode():
+        frozen = nn.Linear(24, 16)
+    assert "inference mode" in KeptSiblings([first, frozen]).why_apart()
     mixed = linears()[0]
     mixed.bias.data = mixed.bias.data.half()
     assert "biases" in KeptSiblings([first, mixed]).why_apart()
