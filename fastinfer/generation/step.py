@@ -51,19 +51,19 @@ class DecodeStep:
     @classmethod
     def proven(cls, model: nn.Module, merge: bool) -> tuple[DecodeStep | None, str]:
         """The step of a model after its proof, with float linears merged or not; and in words what came of it."""
-        step = None
         try:
             step = cls(model)
+        except Unfusable as error:
+            return None, f"not fused: {error}"
+        reason: str | None = "interrupted"
+        try:
             if merge:
                 step.merge()
             reason = step.prove()
-        except Unfusable as error:
-            reason = str(error)
-        if reason is None and step is not None:
-            return step, str(step)
-        if step is not None:
-            step.release()
-        return None, f"not fused: {reason}"
+        finally:
+            if reason is not None:
+                step.release()
+        return (step, str(step)) if reason is None else (None, f"not fused: {reason}")
 
     def __str__(self) -> str:
         return f"fused, {len(self.decoder.layers)} layers"
@@ -78,11 +78,12 @@ class DecodeStep:
         if self._kept is not None:
             self.merge()
         self.watch = Watch(self.model)
-        self._attention = self._implementation()
+        self._settings = self._now()
 
-    def _implementation(self) -> str | None:
-        """Which attention the model's own forward runs; transformers' sdpa leaves a softcap out."""
-        return getattr(self.model.config, "_attn_implementation", None)
+    def _now(self) -> tuple:
+        """Settings that change the model's own forward: sdpa leaves a softcap out, and the last layers may be left out."""
+        config = self.model.config.get_text_config()
+        return tuple(getattr(config, name, None) for name in ("_attn_implementation", "num_hidden_layers"))
 
     def __getstate__(self) -> dict:
         """A copy or a pickle holds the model, and reads it again when it is complete."""
@@ -114,11 +115,11 @@ class DecodeStep:
         self._kept = None
 
     def stale(self) -> str | None:
-        """Why the step does not stand for the model as it is now, or None. Follows weights that were moved or loaded."""
+        """Why the step does not stand for the model as it is now, or None. Follows weights and settings."""
         reason = self.watch.changed()
         if reason is None and torch.is_autocast_enabled(self.decoder.embedding.weight.device.type):
             reason = "autocast is on"
-        if reason is not None or not (self.watch.moved() or self._attention != self._implementation()):
+        if reason is not None or not (self.watch.moved() or self._settings != self._now()):
             return reason
         try:
             self._read()

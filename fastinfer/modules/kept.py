@@ -30,6 +30,8 @@ class KeptSiblings:
         biases = [linear._parameters.get("bias") for linear in self.linears]
         if any(weight is None or weight.is_meta or type(weight.data) is not torch.Tensor for weight in weights):
             return "a weight is no plain tensor"
+        if any(weight.is_inference() for weight in weights if weight is not None):
+            return "they were made in inference mode"
         if len({id(weight) for weight in weights}) < len(weights):
             return "they share a weight"
         if len({(w.dtype, w.device) for w in weights if w is not None}) > 1:

@@ -79,7 +79,7 @@ def read(model: Any) -> Decoder:
     if getattr(config, "is_encoder_decoder", False):
         raise Unfusable("an encoder–decoder model: its decoder also attends to an encoder's output")
     path, name = _stack(model)
-    trunk = Part(model.get_submodule(path), path or "the model", ("embedding_multiplier", "embed_scale"))
+    trunk = Part(model.get_submodule(path), path or "the model", ("embedding_multiplier",))
     config = getattr(trunk.module, "config", config)
     embedding, factor = _read_embedding(trunk)
     rotation, positions = _read_rotation(trunk, config), _read_positions(trunk)
@@ -122,26 +122,16 @@ def _stack(model: nn.Module) -> tuple[str, str]:
 
 
 def _descend(model: nn.Module, path: str) -> nn.Module:
-    """The head of the model, whose only other content is what holds the layers."""
-    steps = path.split(".") if path else []
-    top = Part(model, "the model", ("logit_scale",))
-    head = top.linear(*HEADS)
+    """The head of the model, beside which there is nothing but what holds the layers."""
+    part = Part(model, "the model", ("logit_scale",))
+    head = part.linear(*HEADS)
     if head is None:
         raise Unfusable("it has no head that the fused step knows")
-    at = top
-    for step in steps[:-1]:
-        at = at.part((), step) or at
-        if at is not top:
-            _only(at, steps[len(at.path.split(".")) - 1])
-    if steps:
-        top.take(steps[0])
-    top.done()
+    for step in path.split(".") if path else ():
+        inner = part.part((), step)
+        part.done()
+        part = inner or part
     return head
-
-
-def _only(part: Part, name: str) -> None:
-    part.take(name)
-    part.done()
 
 
 def _read_embedding(trunk: Part) -> tuple[nn.Embedding, float]:
