@@ -34,12 +34,12 @@ def run(e2e, monkeypatch, capsys, tmp_path):
 
 
 def test_rows_before_and_after(run):
-    more = ["--batch", "1", "3", "--depth", "9", "--max-length", "64", "--rounds", "2"]
+    more = ["--batch", "1", "3", "--depth", "9", "--max-length", "512", "--rounds", "2"]
     status, table, text, saved = run(*TINY, "--weights", "int4-head8", *more)
     assert status == 0 and "int4-head8 weights, keep cache: patched in" in text
     header, *rows = table
     assert [cell.split()[0] for cell in header][:5] == ["model", "weights", "cache", "batch", "test"]
-    tests = ["tg4", "tg4 @ d9", "tg4 @ L64", "pp16"]
+    tests = ["tg4", "tg4 @ d9", "tg4 @ L512", "pp16"]
     expected = [(w, b, t) for w in ("eager", "int4-head8") for b in (1, 3) for t in tests]
     assert [(r[1], int(r[3]), r[4]) for r in rows] == expected
     assert [(r["weights"], r["batch"], r["test"]) for r in saved["rows"]] == expected
@@ -85,7 +85,7 @@ def test_too_few_tokens_are_an_error(run, e2e, monkeypatch):
 
     monkeypatch.setattr(e2e, "build", stopping)
     status, _, text, saved = run(*TINY)
-    assert status == 1 and "generate returned [1, 10], asked for [1, 11]" in text and not saved["rows"]
+    assert status == 1 and "generate returned 4 new tokens, asked for 5" in text and not saved["rows"]
 
 
 def test_the_rate_leaves_out_the_prompt_and_the_warmup_the_later_tokens(e2e):
@@ -98,6 +98,20 @@ def test_the_rate_leaves_out_the_prompt_and_the_warmup_the_later_tokens(e2e):
     steps, warmup = e2e.decode(seconds, tokens=128, rounds=3)
     assert steps == pytest.approx([0.01] * 3) and warmup == pytest.approx(3.5)
     assert calls == [144, 16, 16, 144, 16, 144, 16, 144]
+
+
+def test_the_rate_of_calls_that_end_with_their_time(e2e):
+    calls = []
+
+    def run(budget):  # 10 ms a step after 40 ms for the prompt; 3 s more at first
+        calls.append(budget)
+        tokens = 1 + int(max(0.0, budget - 0.04) / 0.01)
+        return 0.04 + 0.01 * (tokens - 1) + (3.0 if len(calls) == 1 else 0.0), tokens
+
+    steps, warmup = e2e.decode_for(run, tokens=128, rounds=2)
+    assert steps == pytest.approx([0.01] * 2) and warmup == pytest.approx(3.04)
+    with pytest.raises(RuntimeError, match="too uneven"):
+        e2e.decode_for(lambda budget: (budget, 4), tokens=8, rounds=1)
 
 
 @pytest.mark.parametrize(
