@@ -153,6 +153,8 @@ def decode(run: Callable[[int], float], tokens: int, rounds: int) -> tuple[list[
     first = run(n2)
     run(n1)
     steps = [(-run(n1) + run(n2)) / tokens for _ in range(rounds)]
+    if statistics.median(steps) <= 0:
+        raise RuntimeError(f"{n2} tokens took no longer than {n1}: too uneven to tell a rate")
     return steps, max(0.0, first - (n2 - 1) * statistics.median(steps))  # less than nothing is noise
 
 
@@ -162,7 +164,7 @@ def decode_for(run: Callable[[float], tuple[float, int]], tokens: int, rounds: i
     first, got = run(budget)
     while (short := run(budget))[1] < 4:
         budget *= 2
-    longer = budget + tokens * short[0] / short[1]
+    longer = 2 * budget + tokens * short[0] / short[1]
     run(longer)
     steps = []
     for _ in range(rounds):
@@ -236,7 +238,8 @@ def rows_of(subject: Subject, args: argparse.Namespace, rows: list[dict]) -> int
                 row = measure(subject, test, batch, rounds)
             except RuntimeError as error:  # out of memory, too
                 failed += 1
-                print(f"{' '.join(map(str, subject.labels.values()))}, batch {batch}, {test.name}: {error}", flush=True)
+                name = " ".join(subject.labels[key] for key in ("model", "weights", "cache"))
+                print(f"{name}, batch {batch}, {test.name}: {error}", flush=True)
                 continue
             rows.append(row)
             print_row(row, {} if row["weights"] in PEERS else peers_of(row, rows))
