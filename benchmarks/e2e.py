@@ -15,7 +15,8 @@ pp512           prompts of 512 tokens, `generate` of one token each: prompt toke
 tg128           128 tokens after --prompt tokens: (n2 - n1) / (t(n2) - t(n1)), n new tokens each, so that the prompt's
                 time is no part of it; total tokens a second of the batch
 tg128 @ d4096   the same with 4,096 tokens in the cache already (--depth)
-tg128 @ L8192   the same as tg128 with `max_length` 8,192 (--max-length), which sizes a static cache
+tg128 @ L8192   the same with `max_length` 8,192 (--max-length), which sizes a static cache; `max_time` ends these calls,
+                after about as many tokens
 
 `ms a token`: what one row of the batch waits for a token. `× peer`: tokens a second over those of the unpatched model: plain
 (eager), and with transformers' static cache (static), which compiles the decode step on a GPU. `warm-up s`: the first such
@@ -37,13 +38,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 
 import fastinfer
 from fastinfer import _native
@@ -58,6 +59,7 @@ SHAPES = {
     | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
+SHORT_S = 0.05
 PEERS: dict[str, dict] = {"eager": {}, "static": {"cache_implementation": "static"}}
 HEADER = (
     f"{'model':<6} | {'weights':<10} | {'cache':<5} | {'batch':>5} | {'test':<15} | {'tokens/s':>9} | {'ms a token':>10} | "
@@ -126,20 +128,21 @@ def synchronize(model: torch.nn.Module) -> None:
         torch.cuda.synchronize()
 
 
-def generate_seconds(subject: Subject, ids: torch.Tensor, tokens: int, max_length: int | None) -> float:
-    """Wall time of one `generate` of so many new tokens. Raises RuntimeError where another number comes back."""
-    model, end = subject.model, ids.shape[1] + tokens
-    lengths: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-    if max_length is not None:
-        lengths = {"max_length": max_length, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(end)])}
+def generate(subject: Subject, ids: torch.Tensor, **limits: Any) -> tuple[float, int]:
+    """Wall time of one `generate`, and how many new tokens each row got."""
     mask = torch.ones_like(ids)
-    synchronize(model)
+    synchronize(subject.model)
     start = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, do_sample=False, **lengths, **subject.arguments)
-    synchronize(model)
-    seconds = time.perf_counter() - start
-    if out.shape != (ids.shape[0], end):
-        raise RuntimeError(f"generate returned {list(out.shape)}, asked for {[ids.shape[0], end]}")
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, **limits, **subject.arguments)
+    synchronize(subject.model)
+    return time.perf_counter() - start, out.shape[1] - ids.shape[1]
+
+
+def generate_tokens(subject: Subject, ids: torch.Tensor, tokens: int) -> float:
+    """Wall time of one `generate` of so many new tokens. Raises RuntimeError where another number comes back."""
+    seconds, got = generate(subject, ids, min_new_tokens=tokens, max_new_tokens=tokens)
+    if got != tokens:
+        raise RuntimeError(f"generate returned {got} new tokens, asked for {tokens}")
     return seconds
 
 
@@ -150,7 +153,26 @@ def decode(run: Callable[[int], float], tokens: int, rounds: int) -> tuple[list[
     first = run(n2)
     run(n1)
     steps = [(-run(n1) + run(n2)) / tokens for _ in range(rounds)]
+    if statistics.median(steps) <= 0:
+        raise RuntimeError(f"{n2} tokens took no longer than {n1}: too uneven to tell a rate")
     return steps, max(0.0, first - (n2 - 1) * statistics.median(steps))  # less than nothing is noise
+
+
+def decode_for(run: Callable[[float], tuple[float, int]], tokens: int, rounds: int) -> tuple[list[float], float]:
+    """As decode, by calls that end with their time: so does one whose `max_length` is far from what it generates."""
+    budget = SHORT_S
+    first, got = run(budget)
+    while (short := run(budget))[1] < 4:
+        budget *= 2
+    longer = 2 * budget + tokens * short[0] / short[1]
+    run(longer)
+    steps = []
+    for _ in range(rounds):
+        (t1, n1), (t2, n2) = run(budget), run(longer)
+        if n2 <= n1:
+            raise RuntimeError(f"{n2} tokens in {t2:.2f} s, {n1} in {t1:.2f} s: too uneven to tell a rate")
+        steps.append((t2 - t1) / (n2 - n1))
+    return steps, max(0.0, first - (got - 1) * statistics.median(steps))
 
 
 def peak_mib(model: torch.nn.Module) -> float:
@@ -167,15 +189,18 @@ def measure(subject: Subject, test: Test, batch: int, rounds: int) -> dict:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(5, min(vocabulary, 30000), (batch, test.prompt), device=model.device)
 
-    def run(tokens: int) -> float:
-        return generate_seconds(subject, ids, tokens, test.max_length)
-
-    if test.tokens:
+    run = partial(generate_tokens, subject, ids)
+    width = batch
+    if test.max_length is not None:
+        seconds, warmup = decode_for(
+            lambda budget: generate(subject, ids, max_length=test.max_length, max_time=budget), test.tokens, rounds
+        )
+    elif test.tokens:
         seconds, warmup = decode(run, test.tokens, rounds)
-        step, width = statistics.median(seconds), batch
     else:
         warmup, seconds = run(1), [run(1) for _ in range(rounds)]
-        step, width = statistics.median(seconds), batch * test.prompt
+        width *= test.prompt
+    step = statistics.median(seconds)
     return {
         **subject.labels,
         "batch": batch,
@@ -213,7 +238,8 @@ def rows_of(subject: Subject, args: argparse.Namespace, rows: list[dict]) -> int
                 row = measure(subject, test, batch, rounds)
             except RuntimeError as error:  # out of memory, too
                 failed += 1
-                print(f"{' '.join(map(str, subject.labels.values()))}, batch {batch}, {test.name}: {error}", flush=True)
+                name = " ".join(subject.labels[key] for key in ("model", "weights", "cache"))
+                print(f"{name}, batch {batch}, {test.name}: {error}", flush=True)
                 continue
             rows.append(row)
             print_row(row, {} if row["weights"] in PEERS else peers_of(row, rows))
@@ -309,7 +335,6 @@ def main() -> int:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()  # it warns of a stopping criterion that replaces its own: meant here
     failed, rows = 0, []
     if args.from_json:
         saved = json.loads(args.from_json.read_text())

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.models
-TINY = ["--model", "tiny", "--device", "cpu", "--tokens", "4", "--prompt", "6", "--prefill", "16"]
+TINY = ["--model", "tiny", "--device", "cpu", "--tokens", "16", "--prompt", "6", "--prefill", "16"]
 
 
 @pytest.fixture
@@ -19,7 +20,19 @@ def e2e(monkeypatch):
 
 
 @pytest.fixture
-def run(e2e, monkeypatch, capsys, tmp_path):
+def steady(e2e, monkeypatch):
+    """Calls of `generate` that are real, but for what they take: 20 ms and 10 more a token, whatever else runs here."""
+    called = e2e.generate
+
+    def generate(subject, ids, **limits):
+        _, tokens = called(subject, ids, **limits)
+        return 0.02 + 0.01 * tokens, tokens
+
+    monkeypatch.setattr(e2e, "generate", generate)
+
+
+@pytest.fixture
+def run(e2e, steady, monkeypatch, capsys, tmp_path):
     """Runs the program; returns its exit status, the cells of its table, all it printed, and what it saved."""
 
     def run(*options):
@@ -34,12 +47,12 @@ def run(e2e, monkeypatch, capsys, tmp_path):
 
 
 def test_rows_before_and_after(run):
-    more = ["--batch", "1", "3", "--depth", "9", "--max-length", "64", "--rounds", "2"]
+    more = ["--batch", "1", "3", "--depth", "9", "--rounds", "2"]
     status, table, text, saved = run(*TINY, "--weights", "int4-head8", *more)
     assert status == 0 and "int4-head8 weights, keep cache: patched in" in text
     header, *rows = table
     assert [cell.split()[0] for cell in header][:5] == ["model", "weights", "cache", "batch", "test"]
-    tests = ["tg4", "tg4 @ d9", "tg4 @ L64", "pp16"]
+    tests = ["tg16", "tg16 @ d9", "pp16"]
     expected = [(w, b, t) for w in ("eager", "int4-head8") for b in (1, 3) for t in tests]
     assert [(r[1], int(r[3]), r[4]) for r in rows] == expected
     assert [(r["weights"], r["batch"], r["test"]) for r in saved["rows"]] == expected
@@ -47,7 +60,25 @@ def test_rows_before_and_after(run):
     for r in saved["rows"]:
         assert r["peak_mib"] > 0 and r["warmup_s"] >= 0 and len(r["rounds_s"]) == (1 if r["weights"] == "eager" else 2)
         assert r["ms_token"] == pytest.approx(r["batch"] / r["tokens_s"] * 1e3)
+        assert r["tokens_s"] == pytest.approx(r["batch"] * (16 / 0.03 if r["test"] == "pp16" else 100))
         assert ("patch_s" in r) == (r["weights"] != "eager")
+
+
+def test_a_large_max_length(e2e, monkeypatch):
+    model = e2e.build("tiny", "cpu")
+    subject = e2e.Subject(model, {"weights": "eager"})
+    seconds, tokens = e2e.generate(subject, torch.ones(1, 6, dtype=torch.long), max_length=512, max_time=0.05)
+    assert seconds > 0.05 and 1 <= tokens <= 506
+    asked = []
+
+    def generate(subject, ids, **limits):
+        asked.append(limits)
+        tokens = int(limits["max_time"] / 0.005)
+        return 0.005 * tokens, tokens
+
+    monkeypatch.setattr(e2e, "generate", generate)
+    row = e2e.measure(subject, e2e.Test("tg16 @ L512", 6, 16, max_length=512), batch=2, rounds=1)
+    assert row["tokens_s"] == pytest.approx(400) and {limits["max_length"] for limits in asked} == {512}
 
 
 def test_a_saved_run_prints_again(run, tmp_path):
@@ -85,7 +116,7 @@ def test_too_few_tokens_are_an_error(run, e2e, monkeypatch):
 
     monkeypatch.setattr(e2e, "build", stopping)
     status, _, text, saved = run(*TINY)
-    assert status == 1 and "generate returned [1, 10], asked for [1, 11]" in text and not saved["rows"]
+    assert status == 1 and "generate returned 17 new tokens, asked for 18" in text and not saved["rows"]
 
 
 def test_the_rate_leaves_out_the_prompt_and_the_warmup_the_later_tokens(e2e):
@@ -98,6 +129,22 @@ def test_the_rate_leaves_out_the_prompt_and_the_warmup_the_later_tokens(e2e):
     steps, warmup = e2e.decode(seconds, tokens=128, rounds=3)
     assert steps == pytest.approx([0.01] * 3) and warmup == pytest.approx(3.5)
     assert calls == [144, 16, 16, 144, 16, 144, 16, 144]
+
+
+def test_the_rate_of_calls_that_end_with_their_time(e2e):
+    calls = []
+
+    def run(budget):  # 10 ms a step after 40 ms for the prompt; 3 s more at first
+        calls.append(budget)
+        tokens = 1 + int(max(0.0, budget - 0.04) / 0.01)
+        return 0.04 + 0.01 * (tokens - 1) + (3.0 if len(calls) == 1 else 0.0), tokens
+
+    steps, warmup = e2e.decode_for(run, tokens=128, rounds=2)
+    assert steps == pytest.approx([0.01] * 2) and warmup == pytest.approx(3.04)
+    with pytest.raises(RuntimeError, match="too uneven"):
+        e2e.decode_for(lambda budget: (budget, 4), tokens=8, rounds=1)
+    with pytest.raises(RuntimeError, match="too uneven"):
+        e2e.decode(lambda tokens: 1.0, tokens=8, rounds=1)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,10 @@ class CUDARecorder:
         with contextlib.suppress(RuntimeError):  # where it was told
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
         self.pool = torch.cuda.graph_pool_handle()
-        x = torch.zeros(1, device=self.device)
-        with contextlib.suppress(RuntimeError), self._capture(torch.cuda.CUDAGraph()):  # its end resets the generator
-            x.add_(1)
+        with contextlib.suppress(RuntimeError):
+            x = torch.zeros(1, device=self.device)
+            with self._capture(torch.cuda.CUDAGraph()):  # the end of a capture that succeeds resets the generator
+                x.add_(1)
 
     @contextlib.contextmanager
     def ordered(self) -> Iterator[None]:
