@@ -25,8 +25,7 @@ FASTINFER_HD int ceil_quotient(int a, int b) { return (a + b - 1) / b; }
 FASTINFER_HD int smaller(int a, int b) { return a < b ? a : b; }
 FASTINFER_HD int larger(int a, int b) { return a < b ? b : a; }
 
-// Of one row: `length` positions filled, `t` new ones behind them. Keys are counted from `first` on. Nothing here divides
-// by what is known on the device alone but `groups`: blocks wait for this before they can load a key.
+// Of one row: `length` positions filled, `t` new ones behind them. Keys are counted from `first` on.
 struct KeySplit {
   int length = 0, start = 0, window = 0;  // start: first position that counts; window 0: all
   int first = 0, end = 0;                 // positions that some query sees, and all the new ones
@@ -47,21 +46,21 @@ struct KeySplit {
   FASTINFER_HD int groups() const { return ceil_quotient(keys(), unit * units); }
 };
 
-// A row has 2^shift units at most.
-FASTINFER_HD KeySplit split_keys(int length, int start, int window, int t, int units, int shift) {
+// A row has `most_units` units at most.
+FASTINFER_HD KeySplit split_keys(int length, int start, int window, int t, int units, int most_units) {
   KeySplit s;
   s.length = length, s.start = start, s.window = window, s.units = units;
   s.first = smaller(s.lowest(0), length);  // new positions are written, whether seen or not
   s.end = length + t;
-  const int even = (((s.keys() - 1) >> shift) + kGranule) & ~(kGranule - 1);  // keys / 2^shift, both rounded up
+  const int even = (ceil_quotient(s.keys(), most_units) + kGranule - 1) & ~(kGranule - 1);
   s.unit = larger(s.keys() <= kShortContext ? kStepKeys : 2 * kStepKeys, even);
   return s;
 }
 
 // The most groups that any row of a cache of `positions` has.
-FASTINFER_HD int most_groups(int positions, int units, int shift) {
+FASTINFER_HD int most_groups(int positions, int units, int most_units) {
   const int of_short = ceil_quotient(smaller(positions, kShortContext), units * kStepKeys);
-  return smaller((1 << shift) / units, larger(of_short, ceil_quotient(positions, units * 2 * kStepKeys)));
+  return smaller(most_units / units, larger(of_short, ceil_quotient(positions, units * 2 * kStepKeys)));
 }
 
 }  // namespace fastinfer

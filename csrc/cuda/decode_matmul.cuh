@@ -27,6 +27,7 @@
 
 #include "common/cuda.cuh"
 #include "common/hopper.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/epilogue.cuh"
 
 namespace fastinfer {
@@ -737,6 +738,7 @@ bool launch_decode(const char* op, DecodeArgs args, const DecodePlan& plan, cons
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
   launch_clusters(op, kernel, clusters * plan.ranks, Kernel::kThreads, plan.ranks, smem_bytes, plan.dependent, args,
                   context);
+  leave_settled();
   return true;
 }
 

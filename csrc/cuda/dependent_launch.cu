@@ -7,7 +7,18 @@ namespace fastinfer {
 enum class DependentLaunch { kOff, kFromTheNext, kOn };
 static thread_local DependentLaunch state = DependentLaunch::kOff;
 
+struct Settled {
+  bool yes = false;
+  const void* cache = nullptr;
+};
+static thread_local Settled previous, latest;
+
+void leave_settled(const void* cache) { latest = {true, cache}; }
+
+bool previous_has_settled(const void* cache) { return previous.yes && previous.cache != cache; }
+
 bool take_dependent_launch() {
+  previous = latest, latest = {};
   const bool now = state == DependentLaunch::kOn;
   if (state == DependentLaunch::kFromTheNext) state = DependentLaunch::kOn;
   return now;

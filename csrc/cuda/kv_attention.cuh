@@ -35,8 +35,9 @@ struct AttentionArgs {
   // Of kv_attention_tile.cuh.
   int chunks = 0;               // of a block's queries, in `rows`
   int units = 0;                // of a group
+  bool early = false;           // lengths and what the cache has are read before the previous kernel has finished
   int ranks = 0;                // blocks of a cluster, a unit each; or 1: a block does all units of a group
-  int unit_shift = 0;           // a row has 2^unit_shift units at most
+  int most_units = 0;           // of a row
   unsigned per_group = 0;       // 2^32 / group, rounded up; 0 for a group of one
   int groups = 0;               // that the grid has room for
   float* partials = nullptr;    // of groups
@@ -210,7 +211,7 @@ struct RowLimits {
 
 __device__ __forceinline__ KeySplit split_row(const AttentionArgs& a, const RowLimits& row) {
   const int length = larger(0, smaller(row.length, a.positions - a.t));  // never outside of the cache
-  return split_keys(length, row.start, a.window, a.t, a.units, a.unit_shift);
+  return split_keys(length, row.start, a.window, a.t, a.units, a.most_units);
 }
 
 // ---- kernels ------------------------------------------------------------------------------------------------------------

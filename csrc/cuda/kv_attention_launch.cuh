@@ -16,16 +16,16 @@ bool launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& 
   const auto kernel = tile_attention_kernel<T, kInt8, kD, kTiles>;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.limits().smem_per_block));
-  const bool clusters = context.limits().capability >= 90;
+  const bool hopper = context.limits().capability >= 90;
+  const int clusters = hopper ? possible_clusters(kernel, Kernel::kThreads, kRanks, Kernel::kSmemBytes, context, 2) : 0;
   args.chunks = ceil_quotient(args.rows, Kernel::kQueries);
-  args.units = clusters ? kRanks : 1;
-  // So many that one row fills a card of 132 × 2 blocks. Nothing that differs between calls of a model may show here.
-  args.unit_shift = clusters ? 3 : 0;
-  while (args.unit_shift < 8 && (args.g << (args.unit_shift + 1)) <= 256) ++args.unit_shift;
-  args.groups = most_groups(args.positions, args.units, args.unit_shift);
+  args.units = hopper ? kRanks : 1;
+  // So many that one row fills the card, and its blocks run all at once. The batch may not show here, nor the capacity.
+  const int pairs = args.g * args.chunks;
+  args.most_units = hopper ? kRanks * larger(1, clusters / pairs) : larger(1, 256 / pairs);
+  args.groups = most_groups(args.positions, args.units, args.most_units);
   const int64_t items = int64_t(args.b) * args.g * args.chunks;
-  const bool spread = clusters && items < kManyRows &&
-                      possible_clusters(kernel, Kernel::kThreads, kRanks, Kernel::kSmemBytes, context, 2) > 0;
+  const bool spread = clusters > 0 && items < kManyRows;
   args.ranks = spread ? kRanks : 1;
   std::optional<Tensor> partials, counters;
   if (args.groups > 1) {
@@ -41,7 +41,9 @@ bool launch_tile_attention_as(const char* op, AttentionArgs args, const Tensor& 
   const int64_t blocks = items * args.groups * args.ranks;
   if (context.limits().capability == 90 || spread) {
     const bool dependent = take_dependent_launch() && context.limits().capability == 90 && !counters.has_value();
+    args.early = dependent && previous_has_settled(args.k_cache);
     launch_clusters(op, kernel, blocks, Kernel::kThreads, args.ranks, Kernel::kSmemBytes, dependent, args, context);
+    leave_settled(args.k_cache);
   } else {
     kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSmemBytes, context.stream()>>>(args);
     check_launch(op);

@@ -227,7 +227,14 @@ struct TileAttention {
     }
   }
 
-  // Two copy groups: `count` ≤ 16 keys from position `at` on, or none; then their values.
+  // What fetch() leaves of the same keys and values: those of the new tokens.
+  static __device__ __forceinline__ void fetch_new(const AttentionArgs& args, const Work& work, uint32_t stage, int at,
+                                                   int count, int lane) {
+    const int old = larger(0, smaller(work.keys.length - at, count));
+    if (old < count) append(args, work, stage, at, old, count, lane);
+  }
+
+  // Two copy groups: `count` ≤ 16 keys from position `at` on, or none; then their values. Of what the cache has.
   static __device__ __forceinline__ void fetch(const AttentionArgs& args, const Work& work, uint32_t stage, int at,
                                                int count, int lane) {
     const int old = larger(0, smaller(work.keys.length - at, count));
@@ -244,7 +251,6 @@ struct TileAttention {
       copy_commit();
       copy_rows(args, stage + kKeys * kPitch, static_cast<const char*>(args.v_cache) + offset, old, count, lane);
       copy_commit();
-      if (old < count) append(args, work, stage, at, old, count, lane);
     } else {
       copy_commit();
       copy_commit();
@@ -669,19 +675,27 @@ struct TileAttention {
   // ---- all of it ----
 
   // The units of this block, `units` of them from the `first` of the group on.
-  static __device__ __forceinline__ void attend(const AttentionArgs& args, const Work& work, QueryLoader& loader,
-                                                uint32_t base, int first, int units, int warp, int lane) {
+  static __device__ __forceinline__ void attend(const AttentionArgs& args, const Work& work, uint32_t base, int first,
+                                                int units, int warp, int lane) {
     const uint32_t ring = base + warp * (kDepth * kStageBytes);
     if (args.d < kD && !kInt8) {  // products of zero must be zero; no copy writes there
       for (int i = lane; i < kDepth * kStageBytes / 16; i += 32) store_smem16(ring + i * 16, {0, 0, 0, 0});
       __syncwarp();
     }
-    Walk ahead(work, first, units, warp);
+    const auto each_stage = [&](Walk& ahead, auto&& f) {
 #pragma unroll 1
-    for (int i = 0; i < kDepth; ++i) {
-      fetch(args, work, ring + i * kStageBytes, ahead.at, ahead.count(), lane);
-      if (ahead.units > 0) ahead.next(work, warp);
-    }
+      for (int i = 0; i < kDepth; ++i) {
+        f(ring + i * kStageBytes, ahead.at, ahead.count());
+        if (ahead.units > 0) ahead.next(work, warp);
+      }
+    };
+    Walk ahead(work, first, units, warp), again = ahead;
+    each_stage(ahead, [&](uint32_t stage, int at, int count) { fetch(args, work, stage, at, count, lane); });
+#if __CUDA_ARCH__ >= 900
+    if (args.early) wait_for_previous_kernel();
+#endif
+    QueryLoader loader(args, work);
+    each_stage(again, [&](uint32_t stage, int at, int count) { fetch_new(args, work, stage, at, count, lane); });
     loader.store(args, base + kSmemQ);
     __syncthreads();
 #if __CUDA_ARCH__ >= 900
@@ -712,6 +726,7 @@ struct TileAttention {
       }
       __syncwarp();
       fetch(args, work, stage, ahead.at, ahead.count(), lane);
+      fetch_new(args, work, stage, ahead.at, ahead.count(), lane);
       if (ahead.units > 0) ahead.next(work, warp);
       stage = stage + kStageBytes == ring + kDepth * kStageBytes ? ring : stage + kStageBytes;
       if (!walk.last(warp)) continue;
@@ -750,14 +765,13 @@ struct TileAttention {
       __syncwarp();
       cluster_arrive_relaxed();
     }
-    wait_for_previous_kernel();
+    if (!args.early) wait_for_previous_kernel();
 #endif
     const RowLimits limits(args, work.b);
-    QueryLoader loader(args, work);  // while those come
     work.keys = split_row(args, limits);
     const int there = work.keys.units_of(work.group);  // 0 in a group beyond the row's end
     const int units = args.ranks == 1 ? there : work.rank < there ? 1 : 0;
-    if (units > 0) attend(args, work, loader, base, work.rank, units, warp, lane);
+    if (units > 0) attend(args, work, base, work.rank, units, warp, lane);
     const uint32_t slots = base + kSmemState;
 #if __CUDA_ARCH__ >= 900
     if (units == 0) {
