@@ -1,7 +1,5 @@
 """The fused decode step: equal to the model's own forward, or refused with a reason."""
 
-import copy
-
 import pytest
 import torch
 import transformers as t
@@ -267,4 +265,4 @@ def test_an_embedding_is_looked_up_alike_in_every_layout(rows, layout, dtype):
     ids = torch.randint(0, rows, (2, 7))
     ids[0, 0] = rows - 1
     operands, factor = _operands(embedding, 1.0)
-    assert factor == 1.0 and torch.equal(ops.embed(ids, *operands)[0], embedding(ids))
+    assert factor == 1.0 and torch.equal(ops.embed(ids, **operands)[0], embedding(ids))

@@ -166,10 +166,11 @@ class DecodeStep:
         ids = ids.contiguous()
         rotations: Rotations = {}
         if decoder.rotation is None:
-            x, _, _ = ops.embed(ids, *operands)
+            x, _, _ = ops.embed(ids, **operands)
         else:
             cos, sin = decoder.rotation.tables(cache.capacity)
-            x, cos, sin = ops.embed(ids, *operands, cos=cos, sin=sin, lengths=cache.lengths, starts=cache.starts)
+            at = {"cos": cos, "sin": sin, "lengths": cache.lengths, "starts": cache.starts}
+            x, cos, sin = ops.embed(ids, **operands, **at)
             rotations = decoder.rotation.by_kind(cos, sin)
         if factor != 1.0:
             x = x * factor
@@ -192,13 +193,14 @@ class DecodeStep:
         return logits
 
 
-def _operands(embedding: nn.Embedding, factor: float) -> tuple[tuple, float]:
+def _operands(embedding: nn.Embedding, factor: float) -> tuple[dict[str, Any], float]:
     """What `ops.embed` takes of an embedding whose rows are multiplied by `factor`, and what it leaves of that."""
     if isinstance(embedding, Int8Embedding):
-        layout, dtype = embedding.layout, embedding.compute_dtype
-        return (embedding.weight, embedding.weight_scale, embedding.factor, layout, dtype), factor
+        rows = {"w": embedding.weight, "w_scale": embedding.weight_scale, "layout": embedding.layout}
+        return rows | {"factor": embedding.factor, "out_dtype": embedding.compute_dtype}, factor
     rounded = torch.tensor(factor, dtype=embedding.weight.dtype, device="cpu").item()
-    return ((embedding.weight, None, factor), 1.0) if rounded == factor else ((embedding.weight,), factor)
+    held = rounded == factor
+    return {"w": embedding.weight, "factor": factor if held else 1.0}, 1.0 if held else factor
 
 
 def _positions(lengths: torch.Tensor, starts: torch.Tensor | None, count: int) -> torch.Tensor:
