@@ -9,6 +9,9 @@ OLDEST   ?= transformers==5.17.0
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$$/9.0a/' | paste -sd';')
 DEV_ARCH ?= $(or $(GPU_ARCH),9.0a)
 ARGS     ?=
+# Tests run in as many processes, of one thread each.
+WORKERS  ?= $(shell nproc)
+PYTEST   := -m pytest -n $(WORKERS) --dist worksteal
 
 export MAX_JOBS ?= $(shell nproc)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -38,10 +41,10 @@ demo: $(VENV)/.demo
 	$(BIN)/fastinfer demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
 
 test-oldest: $(VENV)/.oldest
-	$(VENV)/oldest/bin/python -m pytest -m models $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python $(PYTEST) -m models $(ARGS)
 
 test-packaging: $(VENV)/.dev
 	$(BIN)/python -m pytest -m packaging tests/test_packaging.py $(ARGS)
