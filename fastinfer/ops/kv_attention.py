@@ -171,18 +171,21 @@ def transform_size(d: int) -> int:
     return d & -d
 
 
+@torch.no_grad()
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """H x for each block of n = transform_size(D) dimensions of x [..., D]; H H = n.
+    """H x for each block of n = transform_size(D) dimensions of x [..., D]; H H = n. Without gradients.
 
     H is Sylvester's matrix of 1 and −1, applied as sums and differences of elements 1, 2, 4 … n/2 apart, in that order:
-    each is rounded once, so that the bits are the same everywhere.
+    each is rounded once, so that the bits are the same everywhere. Neighbours are always the next pairs, since sums go to
+    the front and differences to the back; after log2(n) times all are where they were.
     """
-    distance, shape = 1, x.shape
-    while distance < transform_size(shape[-1]):
-        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * distance), 2, distance).unbind(-2)
-        x = torch.stack([a + b, a - b], -2)
-        distance *= 2
-    return x.reshape(shape)
+    n = transform_size(x.shape[-1])
+    x = x.unflatten(-1, (-1, n))
+    for _ in range(n.bit_length() - 1):
+        a, b, x = x[..., 0::2], x[..., 1::2], torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.add(a, b, out=x[..., : n // 2])
+        torch.sub(a, b, out=x[..., n // 2 :])
+    return x.flatten(-2)
 
 
 def append(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, at: torch.Tensor) -> None:
