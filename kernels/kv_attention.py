@@ -1,8 +1,9 @@
 """kv_attention in Triton: the fallback where the CUDA library is missing.
 
-Three launches: a program appends a head of a token, rotated and rounded as the reference does; a program takes a block of
-queries that share a head of the cache over KEYS keys, with a running softmax; a program combines a query's pieces, in order.
-Pieces start at the first key that a row sees, so that a row's result does not depend on its batch or its padding.
+Three launches: a program appends a head of a token, rotated, transformed and rounded as the reference does; a program takes
+a block of queries that share a head of the cache over KEYS keys, with a running softmax; a program combines a query's
+pieces, in order. Pieces start at the first key that a row sees, so that a row's result does not depend on its batch or its
+padding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from fastinfer.kernels.int8_quantize import LARGEST, ROUNDER
 from fastinfer.kernels.launch import device_of, dot_type
+from fastinfer.ops.kv_attention import transform_size
 
 KEYS = 512
 
@@ -31,18 +33,29 @@ def load_rotated(x, cos, sin, i, D, R):
 
 
 @triton.jit
+def hadamard(v, STAGES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """H v of each 2^STAGES elements of v [BLOCK_D], as the reference: sums and differences of elements 1, 2, 4 … apart."""
+    for stage in tl.static_range(STAGES):
+        pairs = tl.permute(tl.reshape(v, (BLOCK_D // (2 << stage), 2, 1 << stage)), (0, 2, 1))
+        a, b = tl.split(pairs)
+        v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (BLOCK_D,))
+    return v
+
+
+@triton.jit
 def append_kernel(
     x, cos, sin,  # [B, T, G, D], [B or 1, T, R] twice or unused
     lengths, cache, scales,  # [B], [B, G, L, D], [B, G, L] or unused
     T, G, L, D, R,
     x_row, x_token, x_head, cos_row, cos_token, sin_row, sin_token,
-    INT8: tl.constexpr, BLOCK_D: tl.constexpr,
+    INT8: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token, g = tl.program_id(0), tl.program_id(1)
     b, t = (token // T).to(tl.int64), token % T
     i = tl.arange(0, BLOCK_D)
     x += b * x_row + t * x_token + g * x_head
     v = load_rotated(x, cos + b * cos_row + t * cos_token, sin + b * sin_row + t * sin_token, i, D, R)
+    v = hadamard(v, STAGES, BLOCK_D)
     position = (b * G + g) * L + tl.load(lengths + b) + t
     if INT8:
         finite = tl.abs(v) <= LARGEST  # false for NaN too
@@ -60,13 +73,14 @@ def rotate_kernel(
     x, cos, sin, out,  # [B, T, H, D], [B or 1, T, R] twice, [B, T, H, D] contiguous
     T, D, R,
     x_row, x_token, x_head, cos_row, cos_token, sin_row, sin_token,
-    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     b, t = (token // T).to(tl.int64), token % T
     i = tl.arange(0, BLOCK_D)
     x += b * x_row + t * x_token + head * x_head
     v = load_rotated(x, cos + b * cos_row + t * cos_token, sin + b * sin_row + t * sin_token, i, D, R)
+    v = hadamard(v, STAGES, BLOCK_D) * (1.0 / (1 << STAGES))
     to = token.to(tl.int64) * tl.num_programs(1) + head
     tl.store(out + to * D + i, v.to(out.dtype.element_ty), mask=i < D)
 
@@ -173,14 +187,15 @@ def kv_attention(
     r, strides = _rotation(cos, sin)
     c, s = (k if x is None else x for x in (cos, sin))
     int8, block = k_scale is not None, 16 if rows <= 16 else 32
+    stages = transform_size(d).bit_length() - 1 if int8 else 0
     exact = {"BLOCK_D": wide, "enable_fp_fusion": False}  # torch rounds products before the sum
     with device_of(q):
-        for x, cache, scales, rotates in ((k, k_cache, k_scale, r), (v, v_cache, v_scale, 0)):
+        for x, cache, scales, rotates, mixes in ((k, k_cache, k_scale, r, stages), (v, v_cache, v_scale, 0, 0)):
             append_kernel[(b * t, g)](
                 x, c, s, lengths, cache, scales if int8 else lengths, t, g, positions, d, rotates,
-                *x.stride()[:3], *strides, INT8=int8, **exact,
+                *x.stride()[:3], *strides, INT8=int8, STAGES=mixes, **exact,
             )  # fmt: skip
-        rotate_kernel[(b * t, h)](q, c, s, rotated, t, d, r, *q.stride()[:3], *strides, **exact)
+        rotate_kernel[(b * t, h)](q, c, s, rotated, t, d, r, *q.stride()[:3], *strides, STAGES=stages, **exact)
         attend_kernel[(pieces, triton.cdiv(rows, block), b * g)](
             rotated, k_cache, v_cache, k_scale if int8 else lengths, v_scale if int8 else lengths, lengths,
             lengths if starts is None else starts, sums, stats, t, g, h // g, positions, d, scale, softcap, window,

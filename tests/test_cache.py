@@ -13,7 +13,7 @@ import fastinfer
 from fastinfer import CacheError, KVCache
 from fastinfer.ops import kv_attention
 from fastinfer.ops.int8_quantize import reference as quantize
-from fastinfer.ops.kv_attention import append
+from fastinfer.ops.kv_attention import append, hadamard, transform_size
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore:.past_key_values.:FutureWarning")]
 
@@ -37,15 +37,17 @@ def fill(cache, *counts, layers=2, **how):
     return held
 
 
-def dequantised(x):
-    codes, scales = quantize(x.float())
+def dequantised(x, transformed):
+    codes, scales = quantize(hadamard(x.float()) if transformed else x.float())
+    if transformed:  # whole numbers, then one rounding
+        codes, scales = hadamard(codes.double()).float(), scales / transform_size(x.shape[-1])
     return (codes * scales[..., None]).to(x.dtype)
 
 
 def assert_holds(cache, held):
     for layer, pair in zip(cache.layers, held, strict=True):
-        for got, want in zip((layer.keys, layer.values), pair, strict=True):
-            assert torch.equal(got, want if cache.kind == "keep" else dequantised(want))
+        want = [dequantised(x, x is pair[0]) for x in pair] if cache.kind == "int8" else pair
+        assert torch.equal(layer.keys, want[0]) and torch.equal(layer.values, want[1])
         assert layer.filled == layer.get_seq_length() == cache.filled == pair[0].shape[2]
     assert cache.lengths.tolist() == [cache.filled] * len(held[0][0])
     assert cache.lengths.dtype == torch.int32
@@ -136,7 +138,7 @@ def test_int8_holds_what_kv_attention_appends(device, dtype):
     held = fill(cache, 5, 1, dtype=dtype, device=device)
     assert_holds(cache, held)
     for layer, pair in zip(cache.layers, held):
-        for side, new in zip("kv", pair):
+        for side, new in zip("kv", (hadamard(pair[0].float()), pair[1])):
             codes, scales = getattr(layer, f"{side}_cache"), getattr(layer, f"{side}_scale")
             want, want_scales = torch.zeros_like(codes), torch.zeros_like(scales)
             append(new.transpose(1, 2), want, want_scales, torch.arange(6, device=device).expand(B, 6))
@@ -342,6 +344,7 @@ def test_reset(kind):
     at = cache.layers[1].v_cache.data_ptr()
     cache.reset()
     assert (cache.filled, cache.get_seq_length(), cache.lengths.tolist(), cache.starts) == (0, 0, [0, 0], None)
+    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (B, G, 0, D)
     assert_holds(cache, fill(cache, 5))
     assert at == cache.layers[1].v_cache.data_ptr()
     cache.reset()

@@ -68,11 +68,19 @@ def run(a):
 
 
 def widened(a):
-    """An int8 cache in fp64, as it stands."""
+    """What an int8 cache stands for, in fp64."""
     wide = {n: t for n, t in a.items() if not n.endswith("_scale")}
     for name in ("k", "v"):
         wide[f"{name}_cache"] = a[f"{name}_cache"].double() * a[f"{name}_scale"].double()[..., None]
+    wide["k_cache"] = turned(wide["k_cache"]) / op.transform_size(a["q"].shape[-1])
     return wide
+
+
+def turned(x):
+    """H x by blocks, from the definition: element (i, j) of H is −1 where i and j share an odd number of ones."""
+    n = next(n for n in (256, 128, 64, 32, 16, 8) if x.shape[-1] % n == 0)
+    signs = [[(-1) ** bin(i & j).count("1") for j in range(n)] for i in range(n)]
+    return (x.unflatten(-1, (-1, n)) @ torch.tensor(signs, dtype=x.dtype, device=x.device)).flatten(-2)
 
 
 def check(a):
@@ -336,6 +344,43 @@ def test_large_scores_stay_finite(device, native):
     a = make([50], 1, (4, 2, 64), torch.float32, device, scale=1e4)
     check(a)
     check(a | {"softcap": 1e-3})
+
+
+# ---- int8 keys --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [8, 40, 64, 80, 96, 104, 128, 200, 256])
+def test_int8_keys_are_transformed(d, dtype, device, native):
+    """By the definition, to half a code; and to the reference's bits."""
+    a = make([5, 300], 3, (4, 2, d), torch.int8, device)
+    a |= {name: a[name].to(dtype) for name in "qkv"}
+    check(a)
+    run(a)
+    at = a["lengths"].long()[:, None] + torch.arange(3, device=device)
+    rows = torch.arange(2, device=device)[:, None]
+    codes, scales = (a[name].transpose(1, 2)[rows, at].double() for name in ("k_cache", "k_scale"))
+    want = turned(op.rotate(a["k"], a["cos"], a["sin"], torch.float64))
+    assert ((codes - want / scales[..., None]).abs() < 0.5 + 1e-4).all() and (codes.abs().amax(-1) == 127).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_channel_that_stands_out_leaves_the_others_their_codes(dtype, device):
+    """With values that are a unit vector each, y is the weights, whose logarithm is the scores but for a constant."""
+    d = 64
+    a = make([0], d, (1, 1, d), torch.int8, device, r=0, spare=0)
+    a |= {name: a[name].to(dtype) for name in "qk"}
+    a["k"][..., 5] *= 30
+    a["v"] = torch.eye(d, dtype=dtype, device=device)[None, :, None]
+    q, k = a["q"][0, -1, 0].double(), a["k"][0, :, 0].double()
+    codes, scales = op.quantize(a["k"][0, :, 0].float())
+
+    def error(scores):
+        off = scores - q @ k.T / d**0.5
+        return (off - off.mean()).norm()
+
+    plain = error(q @ (codes.double() * scales[:, None]).T / d**0.5)
+    assert error(run(a)[0, -1, 0].double().log()) < plain / 3
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -140,6 +140,18 @@ def test_kv_attention(t, heads, more, kind, monkeypatch):
                 attention_cases.check(given)
 
 
+@pytest.mark.parametrize("d", [8, 40, 64, 80, 96, 104, 128, 200, 256])
+def test_int8_keys_are_transformed(d):
+    a = attention_cases.make([5, 2], 2, (2, 1, d), torch.int8, DEVICE)
+    a |= {name: a[name].float() for name in "qkv"}
+    ours, theirs = attention_cases.copy(a), attention_cases.copy(a)
+    order = attention_cases.SCHEMA
+    y = kernel("kv_attention")(*(ours.get(name) for name in order), d**-0.5, 0, 0.0)
+    torch.testing.assert_close(y, attention_cases.op.reference(**theirs))
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+
+
 def check_cut_attention(a):
     """In bf16 the interpreter cuts instead of rounding: keys, queries and results are off by an ulp."""
     ours, theirs = attention_cases.copy(a), attention_cases.copy(a)

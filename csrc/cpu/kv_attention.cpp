@@ -1,6 +1,6 @@
 // kv_attention: new keys and values into a static cache, keys rotated on the way; then y = softmax(q · keysᵀ) · values
 // Source    split over keys with a combine: Dao et al., Flash-Decoding, 2023; here the pieces are of a fixed size, and no
-//           running maximum is kept inside of one
+//           running maximum is kept inside of one; transformed keys: Ashkboos et al., QuaRot, arXiv 2404.00456
 // Layout    LAYOUTS.md#kv-cache
 // Requires  AVX2, FMA, F16C; AVX-512 where there is one
 // Mapping   three passes over threads: rotate and append by (row, head of the cache); attend by (row, head of the cache,

@@ -13,6 +13,33 @@ inline void widen(Dtype type, const char* p, int64_t index, int64_t count, float
   for (int64_t i = 0; i < count; i += kChunk) load_some(type, p, index + i, count - i, out + i);
 }
 
+// a + b and a − b of lanes DISTANCE apart: an fma with 1 or −1, whose product is exact, rounds the sum alone.
+template <int DISTANCE>
+FI_INLINE Float add_and_subtract(Float v) {
+  alignas(64) float signs[kLanes];
+  FI_UNROLL
+  for (int i = 0; i < kLanes; ++i) signs[i] = i & DISTANCE ? -1.0f : 1.0f;
+  return fma(v, load(signs), swap_lanes<DISTANCE>(v));
+}
+
+// The transform of keys and queries beside an int8 cache, LAYOUTS.md#kv-cache; x has room for whole vectors.
+inline void hadamard(float* x, int64_t d) {
+  const int64_t n = d & -d;
+  for (int64_t i = 0; i < d; i += kLanes) {
+    Float v = add_and_subtract<4>(add_and_subtract<2>(add_and_subtract<1>(load(x + i))));
+    if constexpr (kLanes > 8) v = n > 8 ? add_and_subtract<8>(v) : v;
+    store(x + i, v);
+  }
+  for (int64_t distance = kLanes; distance < n; distance *= 2) {
+    for (int64_t i = 0; i < d; i += kLanes) {
+      if (i & distance) continue;
+      const Float a = load(x + i), b = load(x + i + distance);
+      store(x + i, add(a, b));
+      store(x + i + distance, sub(a, b));
+    }
+  }
+}
+
 template <Dtype T>
 void append_row(const AttentionJob& job, const float* x, int64_t cache_row, char* cache, float* scales) {
   const int64_t d = job.s.d;
@@ -34,6 +61,7 @@ template <Dtype T>
 void append_tokens_as(const AttentionJob& job, int64_t begin, int64_t end) {
   const AttentionShape& s = job.s;
   alignas(64) float cos[kMaxHead], sin[kMaxHead], x[kMaxHead];
+  const float scale = job.int8 ? job.scale / (s.d & -s.d) : job.scale;  // what the transform leaves to divide by
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t b = pair / s.g, g = pair % s.g;
     for (int64_t t = 0; t < s.t; ++t) {
@@ -42,6 +70,7 @@ void append_tokens_as(const AttentionJob& job, int64_t begin, int64_t end) {
       const int64_t cache_row = job.cache_row(b, g, job.position(b, t));
       widen(T, job.k.at(b, t, g), 0, s.d, x);
       rotate(x, cos, sin, s.r / 2);
+      if (job.int8) hadamard(x, s.d);
       append_row<T>(job, x, cache_row, job.k_cache, job.k_scale);
       widen(T, job.v.at(b, t, g), 0, s.d, x);
       append_row<T>(job, x, cache_row, job.v_cache, job.v_scale);
@@ -49,7 +78,8 @@ void append_tokens_as(const AttentionJob& job, int64_t begin, int64_t end) {
         float* query = job.queries + (pair * s.rows() + t * s.group() + i) * job.padded;
         widen(T, job.q.at(b, t, g * s.group() + i), 0, s.d, query);
         rotate(query, cos, sin, s.r / 2);
-        for (int64_t j = 0; j < job.padded; ++j) query[j] *= job.scale;
+        if (job.int8) hadamard(query, s.d);
+        for (int64_t j = 0; j < job.padded; ++j) query[j] *= scale;
       }
     }
   }

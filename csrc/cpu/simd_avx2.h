@@ -25,6 +25,10 @@ FI_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 FI_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 FI_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 FI_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+template <int DISTANCE>
+FI_INLINE Float swap_lanes(Float v) {  // lane i gets what lane i ^ DISTANCE has, 1, 2 or 4
+  return DISTANCE == 4 ? _mm256_permute2f128_ps(v, v, 1) : _mm256_permute_ps(v, DISTANCE == 2 ? 0x4e : 0xb1);
+}
 
 using Double = __m256d;
 FI_INLINE Double zero_double() { return _mm256_setzero_pd(); }

@@ -25,6 +25,11 @@ FI_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 FI_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 FI_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 FI_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+template <int DISTANCE>
+FI_INLINE Float swap_lanes(Float v) {  // lane i gets what lane i ^ DISTANCE has, 1, 2, 4 or 8
+  constexpr int kOrder = DISTANCE == 2 || DISTANCE == 8 ? 0x4e : 0xb1;
+  return DISTANCE >= 4 ? _mm512_shuffle_f32x4(v, v, kOrder) : _mm512_permute_ps(v, kOrder);
+}
 
 using Double = __m512d;
 FI_INLINE Double zero_double() { return _mm512_setzero_pd(); }

@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) append_tokens_kernel(const _
             false, v);
     }
     if constexpr (kInt8) {
+      hadamard(k, transform_size(args));
       uint2 k_bytes, v_bytes;
       const float k_scale = quantize_lanes<32>(k, active, k_bytes), v_scale = quantize_lanes<32>(v, active, v_bytes);
       if (lane == 0) args.k_scale[position] = k_scale, args.v_scale[position] = v_scale;
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(32 * kPlainWarps) plain_attention_kernel(const
   RotatedChunk<T, false> query;
   if (active) query.load(args, args.q, b, t, head, lane);
   query.get(args, q);
+  if constexpr (kInt8) hadamard_query(args, q);
 
   for (int at = larger(keys.lowest(t), keys.first) + warp; at <= keys.length + t; at += kPlainWarps) {
     const int64_t row = (pair + at) * args.d + 8 * lane;

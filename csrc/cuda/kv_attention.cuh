@@ -162,6 +162,37 @@ struct RotatedChunk {
   }
 };
 
+// The transform of keys and queries beside an int8 cache, LAYOUTS.md#kv-cache, of the rows' n dimensions each: n / 8 lanes,
+// aligned, hold eight neighbouring ones each. All lanes of the warp call it.
+__device__ __forceinline__ void hadamard(float (&v)[8], int n) {
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i & distance) continue;
+      const float a = v[i], b = v[i + distance];
+      v[i] = a + b, v[i + distance] = a - b;
+    }
+  }
+#pragma unroll 1
+  for (int distance = 1; distance < n / 8; distance *= 2) {
+    const float sign = threadIdx.x & distance ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = fmaf(v[i], sign, __shfl_xor_sync(~0u, v[i], distance));  // a + b or a - b
+  }
+}
+
+// How many dimensions it mixes: the largest power of two that divides D.
+__device__ __forceinline__ int transform_size(const AttentionArgs& a) { return a.d & -a.d; }
+
+// Queries get it times 1 / n.
+__device__ __forceinline__ void hadamard_query(const AttentionArgs& a, float (&v)[8]) {
+  hadamard(v, transform_size(a));
+  const float inverse = 1.f / static_cast<float>(transform_size(a));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= inverse;
+}
+
 // Rows as an int8 cache holds them, each by kLanes neighbouring lanes with eight elements each: the codes and the scale, as
 // int8_quantize rounds. All lanes of the warp call it; what inactive ones hold does not count.
 template <int kLanes>

@@ -1,6 +1,7 @@
 // kv_attention for 16-bit queries: append, rotate, attend and combine in one launch
 // Source    split over keys with a combine: Dao et al., Flash-Decoding, 2023; softmax in one pass: Milakov and Gimelshein,
-//           arXiv 1805.02867; here the parts of a row are fixed by its own length, and combined in order
+//           arXiv 1805.02867; here the parts of a row are fixed by its own length, and combined in order; transformed keys:
+//           Ashkboos et al., QuaRot, arXiv 2404.00456
 // Layout    LAYOUTS.md#kv-cache, its rows 16-byte aligned (8 for int8 where D is no multiple of 16)
 // Requires  sm80+; clusters of 8 where sm90+
 // Mapping   common/attention_split.h cuts a row into groups of 8 units (sm8x: 1) of 64 keys or more. Of each head of the cache
@@ -17,8 +18,9 @@
 //           B1 L1024 3.4 µs, B1 L8192 14.0, B1 L65536 98.8, B64 L2048 195.6. 2 blocks a multiprocessor, up to 64 KiB
 //           in flight each. By the machine code's length, 16 keys take a warp 340 issue slots of the 2,400 that there are
 //           for them at memory speed, in int8 550 of 1,250
-// Numerics  fp32 but for the MMA's operands: queries rotated and rounded once, e^(…) ≤ 1 (times v_scale for an int8 cache)
-//           rounded to the dtype of q. int8 to 16 bits is exact; k_scale goes to the scores
+// Numerics  fp32 but for the MMA's operands: queries rotated (and transformed for an int8 cache) and rounded once, e^(…) ≤ 1
+//           (times v_scale for an int8 cache) rounded to the dtype of q. int8 to 16 bits is exact; k_scale goes to the
+//           scores
 // Verified  tests/test_kv_attention.py
 #pragma once
 
@@ -193,6 +195,7 @@ struct TileAttention {
         load8(value + work.head * args.v.head + 8 * chunk, args.v.packs, v);
         key.get(args, k);
       }
+      if constexpr (kInt8) hadamard(k, transform_size(args));
       append_chunk(args, stage, row, first + row, chunk, active, writes, k, v);
     }
   }
@@ -306,6 +309,7 @@ struct TileAttention {
         const int piece = threadIdx.x + i * kThreads, query = piece / (kD / 8), chunk = piece % (kD / 8);
         float v[8];
         pieces[i].get(args, v);
+        if constexpr (kInt8) hadamard_query(args, v);  // a query's lanes are a multiple of n / 8; the rest stays zero
         const Pack<T, 8> pack = pack8<T>(v);
         if (piece < kPieces) store_smem16(smem + query * kQPitch + chunk * 16, *reinterpret_cast<const uint4*>(&pack));
       }

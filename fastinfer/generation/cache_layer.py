@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fastinfer.errors import CacheError
 from fastinfer.ops import int8_quantize
 from fastinfer.ops._common import describe
+from fastinfer.ops.kv_attention import hadamard, transform_size
 
 BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 BLOCK = 256  # positions by which buffers grow
@@ -76,7 +77,8 @@ class KVCacheLayer(CacheLayerMixin):
     """Keys and values of one attention layer, LAYOUTS.md#kv-cache. A sliding layer keeps all: the window is the mask's.
 
     `k_cache` and `v_cache` are [B, G, L, D] in the dtype of the keys or int8, `k_scale` and `v_scale` [B, G, L] fp32
-    beside int8; all None before the first `update`. Positions from `filled` on are not initialised.
+    beside int8, whose keys are transformed; all None before the first `update`. Positions from `filled` on are not
+    initialised.
     """
 
     is_compileable = False
@@ -92,6 +94,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.v_cache: Any = None
         self.k_scale: Any = None
         self.v_scale: Any = None
+        self.transform: Any = None  # [n, n], fp32: what int8 keys were multiplied by
 
     # ---- what a forward calls ---------------------------------------------------------------------------------------
 
@@ -108,6 +111,8 @@ class KVCacheLayer(CacheLayerMixin):
                 setattr(self, f"{side}_cache", torch.empty(*shape, d, dtype=dtype, device=states.device))
                 if self.kind == "int8":
                     setattr(self, f"{side}_scale", torch.empty(shape, dtype=torch.float32, device=states.device))
+            if self.kind == "int8":
+                self.transform = hadamard(torch.eye(transform_size(key_states.shape[3]), device=key_states.device))
         if self.shared.lengths is None or len(self.shared.lengths) != len(key_states):
             self.shared.size(len(key_states), key_states.device)
         self.is_initialized = True
@@ -125,7 +130,8 @@ class KVCacheLayer(CacheLayerMixin):
         if not (self.is_initialized and self._fits(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         self.grow()
-        self._write(key_states, self.k_cache, self.k_scale)
+        new_keys = key_states if self.transform is None else hadamard(key_states.detach().float())
+        self._write(new_keys, self.k_cache, self.k_scale)
         self._write(value_states, self.v_cache, self.v_scale)
         self.filled = end
         if end > self.shared.filled:  # the first layer of a forward; with layers on several devices, lengths is on its
@@ -139,7 +145,7 @@ class KVCacheLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:
         """[B, G, filled, D]: a view, or dequantised."""
-        return self._read(self.k_cache, self.k_scale)
+        return self._read(self.k_cache, self.k_scale, self.transform)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -225,15 +231,22 @@ class KVCacheLayer(CacheLayerMixin):
             new, scales[:, :, at] = int8_quantize(new)
         cache[:, :, at] = new
 
-    def _read(self, cache: torch.Tensor | None, scales: torch.Tensor | None) -> torch.Tensor | None:
+    def _read(
+        self, cache: torch.Tensor | None, scales: torch.Tensor | None, transform: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         if cache is None:
             return None
         stored = cache[:, :, : self.filled]
         if scales is None:
             return stored
+        scales = scales[:, :, : self.filled, None]
+        if transform is not None:  # sums of codes are exact, in any order and in TF32 too; `out` keeps autocast away
+            codes = stored.float().unflatten(-1, (-1, len(transform)))
+            stored = torch.matmul(codes, transform, out=torch.empty_like(codes)).flatten(-2)
+            scales = scales / len(transform)
         # one pass, rounded once: the product in fp32 never lies in memory
         wide = torch.empty(stored.shape, dtype=self.dtype, device=stored.device)
-        return torch.mul(stored, scales[:, :, : self.filled, None], out=wide)
+        return torch.mul(stored, scales, out=wide)
 
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         return self.dtype == key_states.dtype and all(

@@ -38,8 +38,9 @@ def kv_attention(
                  merged QKV output); D a multiple of 8 up to 256. Made for few queries: a long prefill goes elsewhere
         k:       [B, T, G, D] dtype of q, not rotated, strides as q; H is a multiple of G
         v:       [B, T, G, D] dtype of q, strides as q
-        k_cache: [B, G, L, D] dtype of q, or int8; contiguous, LAYOUTS.md#kv-cache. Positions lengths[b] … lengths[b] + T − 1
-                 are written; those before starts[b] or from lengths[b] + T on are never read
+        k_cache: [B, G, L, D] dtype of q, or int8, which holds transformed keys; contiguous, LAYOUTS.md#kv-cache. Positions
+                 lengths[b] … lengths[b] + T − 1 are written; those before starts[b] or from lengths[b] + T on are never
+                 read
         v_cache: [B, G, L, D] like k_cache
         lengths: [B] int32: how many positions of each row are filled. The op leaves it, so that all layers of a step can
                  share it. lengths[b] + T > L raises on the CPU; elsewhere that cannot be seen without a sync, and is the
@@ -59,10 +60,13 @@ def kv_attention(
     Backends: CPU (AVX2, AVX512); CUDA sm80+, made for 16-bit queries; Triton
     Numerics: error ≤ 2× that of the same in torch's operations in the dtype of q. Rotation, scores, softmax and sums are
              fp32. What the cache gets is that of the reference bit for bit: keys rotated in fp32 and rounded once; int8 as
-             int8_quantize rounds, one scale a token and head. Attention sees what the cache holds, of the new tokens
-             too. The same bits from run to run, for any number of threads, and whatever else is in the batch
+             int8_quantize rounds, one scale a token and head, keys after a Hadamard transform in fp32 (`hadamard`), which
+             spreads the channels that stand out; queries get the same, times 1/n, so that q · k is what it was. Attention
+             sees what the cache holds, of the new tokens too. The same bits from run to run, for any number of threads,
+             and whatever else is in the batch
     Source:  split over keys: Dao et al., Flash-Decoding, 2023; grouped queries: Ainslie et al., arXiv 2305.13245; rotary:
-             Su et al., arXiv 2104.09864; softcap: Gemma 2, arXiv 2408.00118
+             Su et al., arXiv 2104.09864; softcap: Gemma 2, arXiv 2408.00118; transformed keys: Ashkboos et al., QuaRot,
+             arXiv 2404.00456
     """
     _check_new(q, k, v)
     _check_cache(q, k, k_cache, v_cache, k_scale, v_scale)
@@ -162,8 +166,33 @@ def rotate(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, 
     return torch.cat([front * cos + torch.cat([-second, first], -1) * sin, rest], -1)
 
 
+def transform_size(d: int) -> int:
+    """How many dimensions `hadamard` mixes: the largest power of two that divides D."""
+    return d & -d
+
+
+@torch.no_grad()
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """H x for each block of n = transform_size(D) dimensions of x [..., D]; H H = n. Without gradients.
+
+    H is Sylvester's matrix of 1 and −1, applied as sums and differences of elements 1, 2, 4 … n/2 apart, in that order:
+    each is rounded once, so that the bits are the same everywhere. Neighbours are always the next pairs, since sums go to
+    the front and differences to the back; after log2(n) times all are where they were.
+    """
+    n = transform_size(x.shape[-1])
+    x = x.unflatten(-1, (-1, n))
+    for _ in range(n.bit_length() - 1):
+        a, b, x = x[..., 0::2], x[..., 1::2], torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.add(a, b, out=x[..., : n // 2])
+        torch.sub(a, b, out=x[..., n // 2 :])
+    return x.flatten(-2)
+
+
 def append(new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, at: torch.Tensor) -> None:
-    """Writes new [B, T, G, D] to the positions at [B, T] of a cache, quantised where it has scales."""
+    """Writes new [B, T, G, D] to the positions at [B, T] of a cache, quantised where it has scales.
+
+    Keys come rotated, and for an int8 cache transformed.
+    """
     rows = torch.arange(len(at), device=at.device)[:, None]
     if scales is not None:
         new, new_scales = quantize(new.float())
@@ -192,7 +221,10 @@ def reference(
     wide = dtype or torch.float32
     (b, t, h, d), (g, positions) = q.shape, k_cache.shape[1:3]
     at = lengths.long()[:, None] + torch.arange(t, device=q.device)
-    append(rotate(k, cos, sin, wide), k_cache, k_scale, at)
+    queries, new_keys = rotate(q, cos, sin, wide), rotate(k, cos, sin, wide)
+    if k_scale is not None:
+        queries, new_keys = hadamard(queries) / transform_size(d), hadamard(new_keys)
+    append(new_keys, k_cache, k_scale, at)
     append(v.to(wide), v_cache, v_scale, at)
     keys, values = k_cache.to(wide), v_cache.to(wide)
     if k_scale is not None:
@@ -204,7 +236,7 @@ def reference(
     if starts is not None:
         visible &= position >= starts[:, None, None]
     values = values.masked_fill(~visible.any(1)[:, None, :, None], 0)  # 0 · NaN would be NaN
-    queries = rotate(q, cos, sin, wide).reshape(b, t, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(b, g, h // g * t, d)
+    queries = queries.reshape(b, t, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(b, g, h // g * t, d)
     scores = (queries @ keys.transpose(-1, -2)).view(b, g, h // g, t, positions)
     scores = scores * (d**-0.5 if scale is None else scale)
     if softcap:
