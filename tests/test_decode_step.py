@@ -12,7 +12,7 @@ from fastinfer import ops
 from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
 from fastinfer.generation.cache import KVCache
-from fastinfer.generation.step import DecodeStep, _operands
+from fastinfer.generation.step import DecodeStep, _factors, _operands
 from fastinfer.modules import Int8Embedding
 from fastinfer.ops.layout import PANEL16, ROW, TILE_W8A8, TILE_W8A16
 from fastinfer.patching import RECORD
@@ -264,5 +264,5 @@ def test_an_embedding_is_looked_up_alike_in_every_layout(rows, layout, dtype):
     embedding.use_layout(layout)
     ids = torch.randint(0, rows, (2, 7))
     ids[0, 0] = rows - 1
-    operands, factor = _operands(embedding, 1.0)
-    assert factor == 1.0 and torch.equal(ops.embed(ids, **operands)[0], embedding(ids))
+    factor, outer = _factors(embedding, 1.0)
+    assert outer == 1.0 and torch.equal(ops.embed(ids, factor=factor, **_operands(embedding))[0], embedding(ids))

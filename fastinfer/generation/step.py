@@ -71,6 +71,7 @@ class DecodeStep:
     def _read(self) -> None:
         try:
             self.decoder = rule.read(self.model)
+            self._factors = _factors(self.decoder.embedding, self.decoder.factor)
         except Unfusable:
             raise
         except Exception as error:  # of a structure that nobody foresaw; the model works without the step
@@ -162,7 +163,8 @@ class DecodeStep:
     def _embed(self, ids: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, Rotations]:
         """x [B, T, K] and the angles of each kind of rotation, at positions lengths − starts + t."""
         decoder = self.decoder
-        operands, factor = _operands(decoder.embedding, decoder.factor)
+        inner, outer = self._factors
+        operands = _operands(decoder.embedding) | {"factor": inner}
         ids = ids.contiguous()
         rotations: Rotations = {}
         if decoder.rotation is None:
@@ -172,8 +174,8 @@ class DecodeStep:
             at = {"cos": cos, "sin": sin, "lengths": cache.lengths, "starts": cache.starts}
             x, cos, sin = ops.embed(ids, **operands, **at)
             rotations = decoder.rotation.by_kind(cos, sin)
-        if factor != 1.0:
-            x = x * factor
+        if outer != 1.0:
+            x = x * outer
         if decoder.project_in is not None:
             x = multiply(decoder.project_in.linears[0], x)
         if decoder.positions is not None:
@@ -193,14 +195,20 @@ class DecodeStep:
         return logits
 
 
-def _operands(embedding: nn.Embedding, factor: float) -> tuple[dict[str, Any], float]:
-    """What `ops.embed` takes of an embedding whose rows are multiplied by `factor`, and what it leaves of that."""
+def _factors(embedding: nn.Embedding, factor: float) -> tuple[float, float]:
+    """A factor on an embedding's rows as that for `ops.embed`, which rounds it to their dtype, and one for what it gives."""
     if isinstance(embedding, Int8Embedding):
-        rows = {"w": embedding.weight, "w_scale": embedding.weight_scale, "layout": embedding.layout}
-        return rows | {"factor": embedding.factor, "out_dtype": embedding.compute_dtype}, factor
-    rounded = torch.tensor(factor, dtype=embedding.weight.dtype, device="cpu").item()
-    held = rounded == factor
-    return {"w": embedding.weight, "factor": factor if held else 1.0}, 1.0 if held else factor
+        return embedding.factor, factor
+    held = torch.tensor(factor, dtype=embedding.weight.dtype, device="cpu").item() == factor
+    return (factor, 1.0) if held else (1.0, factor)
+
+
+def _operands(embedding: nn.Embedding) -> dict[str, Any]:
+    """An embedding's rows as `ops.embed` takes them."""
+    if not isinstance(embedding, Int8Embedding):
+        return {"w": embedding.weight}
+    scaled = {"w_scale": embedding.weight_scale, "out_dtype": embedding.compute_dtype}
+    return {"w": embedding.weight, "layout": embedding.layout, **scaled}
 
 
 def _positions(lengths: torch.Tensor, starts: torch.Tensor | None, count: int) -> torch.Tensor:
