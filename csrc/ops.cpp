@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "embed.rotary(Tensor ids, Tensor w, Tensor? w_scale, float factor, str layout, ScalarType? out_dtype, "
       "Tensor cos, Tensor sin, Tensor lengths, Tensor? starts) -> (Tensor x, Tensor cos_rows, Tensor sin_rows)");
   m.def(
-      "advance(Tensor tokens, Tensor(a!) ids, Tensor(b!) lengths, Tensor(c!) offset, Tensor(d!) ring, Tensor(e!) steps) "
+      "advance(Tensor tokens, Tensor(a!) ids, Tensor(b!) lengths, Tensor(c!) offset, Tensor(d!) ring, Tensor(e!) "
+      "steps) "
       "-> ()");
   // The instruction set the CPU kernels run on: "avx512_vnni", "avx2" or "none" (unsupported CPU).
   m.def("cpu_isa() -> str");
