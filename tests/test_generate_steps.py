@@ -11,6 +11,8 @@ from architectures import build
 from generating import PROMPT, Replays, engine, late, long, made, patched, prompts, same
 
 import fastinfer
+from fastinfer.generation.graphs import Step
+from fastinfer.modules.capture import CaptureError
 
 pytestmark = pytest.mark.models
 
@@ -159,3 +161,19 @@ def test_encoder_decoders_say_why_not():
     ours = fastinfer.patch(build("t5"))
     ours.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
     assert "encoder–decoder" in str(fastinfer.report(ours))
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is():
+    class Refuses:
+        def warm(self, work):
+            return work()
+
+        def record(self, work):
+            raise CaptureError("no capture here")
+
+    runs = []
+    step = Step(lambda x: runs.append(x) or len(runs), Refuses())
+    assert step(1) == 1
+    with pytest.warns(UserWarning, match="no capture here"):
+        assert step(1) == 2
+    assert step(1) == 3 and runs == [1, 1, 1]

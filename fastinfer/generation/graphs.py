@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from fastinfer.ops.launch import dependent_launch
+from fastinfer.modules.capture import CaptureError, CUDARecorder
 
 Work = Callable[[], Any]
 
@@ -27,8 +27,8 @@ class Recorder(Protocol):
 class Step:
     """Work whose inputs, outputs and state are tensors that stay: run as it is the first time, then captured, then replayed.
 
-    The first run is a real one, so that warming up costs no step. Without a recorder it runs as it is each time. Its
-    arguments have to be the same objects at each call: it does not keep them, since what they are may hold the step.
+    The first run is a real one, so that warming up costs no step. Without a recorder, or where it fails, it runs as it is
+    each time. Its arguments have to be the same objects at each call: it does not keep them, since what they are may hold the step.
     """
 
     def __init__(self, work: Callable, recorder: Recorder | None = None):
@@ -45,17 +45,18 @@ class Step:
             self.warm = True
             return result
         if self.replay is None:
-            self.replay, self.result = self.recorder.record(partial(self.work, *args))
+            try:
+                self.replay, self.result = self.recorder.record(partial(self.work, *args))
+            except CaptureError as error:
+                warnings.warn(f"the decode step runs as it is, since it cannot be captured: {error}", stacklevel=2)
+                self.recorder = None
+                return self.work(*args)
         self.replay()
         return self.result
 
 
-class CUDAGraphs:
-    """Captures steps as CUDA graphs. They share their memory: only one may run at a time."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+class CUDAGraphs(CUDARecorder):
+    """Captures steps as CUDA graphs, after a first run on the stream that they are captured on."""
 
     def warm(self, work: Work) -> Any:
         current = torch.cuda.current_stream(self.stream.device)
@@ -66,17 +67,3 @@ class CUDAGraphs:
         if isinstance(result, torch.Tensor):
             result.record_stream(current)
         return result
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the device meanwhile is no error
-        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        collects = gc.isenabled()
-        gc.disable()  # what it would free may call what a capture forbids
-        try:
-            with capture, dependent_launch():
-                result = work()
-        finally:
-            if collects:
-                gc.enable()
-        return graph.replay, result
