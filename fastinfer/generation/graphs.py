@@ -27,8 +27,9 @@ class Recorder(Protocol):
 class Step:
     """Work whose inputs, outputs and state are tensors that stay: run as it is the first time, then captured, then replayed.
 
-    The first run is a real one, so that warming up costs no step. Without a recorder, or where it fails, it runs as it is
-    each time. Its arguments have to be the same objects at each call: it does not keep them, since what they are may hold the step.
+    The first run is a real one, so that warming up costs no step. Without a recorder, or where it fails, work runs as it is
+    each time. Its arguments have to be the same objects at each call: it does not keep them, since what they are may hold
+    the step.
     """
 
     def __init__(self, work: Callable, recorder: Recorder | None = None):
