@@ -30,7 +30,8 @@ TILE_SHAPES = [
 TILE_SHAPES += [(17, 16, 128), (33, 144, 512), (64, 272, 1024), (65, 512, 896), (129, 256, 384), (300, 1040, 2048)]
 TILE_SHAPES += [(1000, 2064, 256), (64, 4096, 2048), (3, 8448, 256), (12, 8448, 256)]
 TILE_SHAPES += [(13, 17000, 1152)]  # several row tiles a warp, which use buffers anew; a tail
-TILE_SHAPES += [(16, 72000, 4096), (16, 256, 53248)]  # too large for decode_matmul's shared memory
+TILE_SHAPES += [(16, 256, 53248)]  # too large for decode_matmul's shared memory
+TILE_SHAPES += [(16, 72000, 4096)] if torch.cuda.is_available() else []  # too; half a minute without a GPU
 
 # rows behind the tiles: 1 to 15 of them, one and more chunks of K a warp, fewer and more tokens than fill the GPU
 TAIL_SHAPES = [(m, n, k) for m in (1, 3, 16, 17, 64, 200) for n, k in [(17, 128), (1003, 768)]]
