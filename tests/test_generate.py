@@ -138,6 +138,17 @@ def test_criteria_of_users(pair, rows, extra):
     assert fastinfer.report(pair[1]).last_generate == "fused"
 
 
+@pytest.mark.parametrize("column", [2, 5])
+def test_an_eos_right_behind_the_end_of_another_row(pair, column):
+    """The device has finished a row already when the host tells it of another one."""
+    tokens = made(pair)
+    eos = int(tokens[0, column])
+    at = tokens[0].tolist().index(eos)
+    criteria = StoppingCriteriaList([Criterion(PROMPT + 99, PROMPT + at, PROMPT + 99)])
+    ours = same(pair, rows=3, eos_token_id=eos, stopping_criteria=criteria, max_new_tokens=30)[:, PROMPT:]
+    assert ours[0, at] == eos and not ours[0, at + 1 :].any() and not ours[1, at:].any()
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_streamers(pair, stop):
     extra = {"eos_token_id": int(made(pair, 1)[0, 6])} if stop else {}

@@ -5,10 +5,11 @@ import threading
 
 import pytest
 import torch
-from generating import PROMPT, Streamer, engine, letters, patched, prompts, same
+from generating import PROMPT, Streamer, engine, letters, long, patched, prompts, same
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -202,6 +203,48 @@ def test_without_memory_for_the_cache_transformers_loop_decodes(pair, monkeypatc
         patch.setattr("fastinfer.generation.loop.Loop._next", fail)
         pair[1].generate(**prompts(1), max_new_tokens=20, streamer=Streamer())
     same(pair, rows=2, max_new_tokens=20)
+
+
+class Ends(StoppingCriteria):
+    """Finishes each row at a length of its own."""
+
+    def __init__(self, *ends):
+        self.ends = torch.tensor(ends)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= self.ends
+
+
+@pytest.mark.parametrize("most", [1 << 20, 10**12])
+def test_no_room_is_made_for_a_limit_that_is_none(pair, most):
+    """Where another criterion ends it, max_new_tokens may be any number."""
+    ends, given = StoppingCriteriaList([Ends(PROMPT + 4)]), prompts(1)
+    want, ours = (model.generate(**given, max_new_tokens=most, stopping_criteria=ends) for model in pair)
+    assert torch.equal(want, ours) and ours.shape[1] == PROMPT + 4
+    assert "in advance" in fastinfer.report(pair[1]).last_generate
+
+
+def test_a_cpu_without_memory_for_the_cache_too(pair, monkeypatch):
+    def fail(*args):
+        torch.empty(1 << 60, dtype=torch.int8)
+
+    monkeypatch.setattr("fastinfer.generation.cache.KVCacheLayer.lazy_initialization", fail)
+    want, ours = (model.generate(**prompts(2), max_new_tokens=20) for model in pair)
+    assert torch.equal(want, ours) and "out of memory" in fastinfer.report(pair[1]).last_generate
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_conversation_up_to_the_models_limit(padded, monkeypatch):
+    """What is in the cache counts once, where the whole text is given again."""
+    model = long(monkeypatch, "gpt2")
+    given, cache, ours = prompts(2, padded), KVCache(), patched(model)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    for turn in range(3):
+        ids = ours.generate(ids, attention_mask=mask, max_new_tokens=70, **{CACHE_NAME: cache})
+        assert fastinfer.report(ours).last_generate == "fused"
+        ids = torch.cat([ids, torch.full((2, 3), 5 + turn)], 1)
+        mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
+    assert engine(ours).sessions[2, "keep"].cache.capacity == 256
 
 
 def test_generating_inside_a_streamer(pair):

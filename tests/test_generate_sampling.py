@@ -88,3 +88,34 @@ def test_processors_in_greedy_search(pair, rows):
     same(pair, rows=rows, logits_processor=LogitsProcessorList([Shift()]), max_new_tokens=40)
     same(pair, rows=rows, prefix_allowed_tokens_fn=lambda row, ids: [int(ids[-1] + 1) % 131, 7], max_new_tokens=40)
     same(pair, rows=rows, bad_words_ids=[[5], [7, 9]], suppress_tokens=[11, 12], max_new_tokens=40)
+
+
+class Grammar(LogitsProcessor):
+    """Takes a token in at each call, and breaks when one comes after the end."""
+
+    def __init__(self, end, prompt):
+        self.end, self.seen = end, prompt
+
+    def __call__(self, input_ids, scores):
+        new = input_ids[0, self.seen :].tolist()
+        assert len(new) <= 1 and self.end not in new
+        self.seen += len(new)
+        return scores
+
+
+def test_processors_of_users_are_called_as_by_transformers(pair):
+    """A grammar that has come to its end gets no token that the host has computed ahead."""
+    end = int(pair[0].generate(**prompts(1), max_new_tokens=7)[0, -1])
+
+    def allowed(row, ids):
+        assert end not in ids[PROMPT:]
+        return list(range(131))
+
+    counts = []
+    for model in pair:
+        grammar = Grammar(end, PROMPT)
+        options = {"eos_token_id": end, "max_new_tokens": 20}
+        model.generate(**prompts(1), logits_processor=LogitsProcessorList([grammar]), **options)
+        model.generate(**prompts(1), prefix_allowed_tokens_fn=allowed, **options)
+        counts.append(grammar.seen)
+    assert counts[0] == counts[1] and fastinfer.report(pair[1]).last_generate == "fused"

@@ -77,8 +77,8 @@ class Engine:
                     result = self._run(request)
                     self.last = "fused"  # again: a call from inside of it has said something else
                     return result
-            except torch.OutOfMemoryError:
-                if request.started or isinstance(request.kwargs.get(CACHE_NAME), KVCache):
+            except RuntimeError as error:
+                if not _lacks_memory(error) or request.started or isinstance(request.kwargs.get(CACHE_NAME), KVCache):
                     raise
                 self.sessions.clear()
                 self.last = f"out of memory with a cache for {positions_of(request)} positions"
@@ -120,6 +120,11 @@ class Engine:
             self.recorder = backend.recorder(device)
         cache = KVCache(self.model.config, kind=kind, capacity=bucket(positions))
         return Session(cache, rows, device, backend.mail, self.recorder)
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed. torch has a type of error for it on GPUs alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _backend(device: torch.device) -> Backend:

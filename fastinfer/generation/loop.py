@@ -1,7 +1,8 @@
 """The decode loop: transformers' `_sample` with our step, and no wait for the device between tokens.
 
 The host enqueues step i + 1, then looks at the tokens of step i. So it may compute one step too many, whose tokens are
-dropped; and a row that a criterion of the user's finishes is padded one step late, before anything reads it.
+dropped; and a row that a criterion of the user's finishes is padded one step late, before anything reads it. Processors of
+users, which may count their calls (a grammar), are called as transformers calls them: there the host waits for each token.
 """
 
 from __future__ import annotations
@@ -120,11 +121,12 @@ class Loop:
         mail, step = self.session.mail, self._step()
         self._pick(logits)
         self.request.started = True
+        lag = 0 if self.sampling.watched else mail.lag
         kept = 0
         while True:
             mail.post(self.made - 1)
             last = self.made == self.most
-            while kept < self.made - (0 if last else mail.lag):
+            while kept < self.made - (0 if last else lag):
                 kept += 1
                 if self._look(kept - 1):
                     return kept

@@ -9,6 +9,7 @@ from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -92,6 +93,12 @@ class Sampling:
             dataclasses.replace(settings, repetition_penalty=penalty),
             taken.get("penalty"),
         )
+
+    @property
+    def watched(self) -> bool:
+        """Whether code of the user's runs on logits, which may mind a call with a token too many."""
+        kinds = map(type, self.before)
+        return any(k is PrefixConstrainedLogitsProcessor or k.__module__.split(".")[0] != "transformers" for k in kinds)
 
     def seen(self, ids: torch.Tensor, vocabulary: int, device: torch.device) -> torch.Tensor | None:
         """[B, V] bool, the tokens that the penalty counts at the end of the prompt, as the processor itself finds them."""

@@ -135,12 +135,16 @@ class Session:
     # ---- what the host mends ----------------------------------------------------------------------------------------
 
     def finish(self, done: list[bool], pad: int, steps: range) -> None:
-        """Marks rows as finished that the device does not know of, and pads what it has made for them since."""
-        self.finished.copy_(torch.tensor(done))
+        """Marks rows as finished that the device does not know of, and pads what it has made for them since.
+
+        It may have finished others meanwhile, of which the host does not know: these stay so, and keep their eos token.
+        """
+        rows = torch.tensor(done, device=self.finished.device)
+        self.finished.logical_or_(rows)
         for i in steps:
-            self.history[i].masked_fill_(self.finished, pad)
+            self.history[i].masked_fill_(rows, pad)
         if steps:
-            self.ids.masked_fill_(self.finished[:, None], pad)
+            self.ids.masked_fill_(rows[:, None], pad)
 
 
 def copy_contents(source: KVCache, target: KVCache, first: int = 0) -> bool:

@@ -18,6 +18,7 @@ METHODS = ("_sample", "_prefill", "prepare_inputs_for_generation", "_update_mode
 SET_ASIDE = ("custom_generate", "assistant_model", "synced_gpus", "position_ids")
 PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_NAME}
 """What transformers prepares for a model that reads text, or the user gives as usual."""
+MOST_POSITIONS = 1 << 20  # more is meant as "no limit", or as one that another criterion sets
 
 
 def model_refusal(model: Any) -> str:
@@ -101,8 +102,17 @@ def mask_refusal(request: Request) -> str:
 
 def positions_of(request: Request) -> int:
     """How many positions its cache needs room for, at most."""
-    cache, prompt = request.kwargs.get(CACHE_NAME), request.input_ids.shape[1]
+    cache, mask, prompt = (
+        request.kwargs.get(CACHE_NAME),
+        request.kwargs.get("attention_mask"),
+        request.input_ids.shape[1],
+    )
     past = cache.filled if isinstance(cache, KVCache) else 0
+    seen = (
+        getattr(request.config, "_mask_length", -1) if mask is None else mask.shape[1]
+    )  # newer transformers drop ones
+    if seen == prompt > past:
+        past = 0  # the whole text was given again, what is in the cache is part of it
     return past + max(prompt + 1, request.criteria.max_length)
 
 
@@ -114,6 +124,8 @@ def cache_refusal(request: Request, limit: int | None) -> str:
     cache = request.kwargs.get(CACHE_NAME)
     if limit is not None and positions_of(request) > limit + 1:
         return f"max_length is beyond the {limit} positions that the model has embeddings for"
+    if positions_of(request) > MOST_POSITIONS:
+        return f"max_length is beyond the {MOST_POSITIONS} positions that room is made for in advance"
     if isinstance(cache, KVCache):
         return ""
     if type(cache) is not DynamicCache:
