@@ -18,10 +18,10 @@ from fastinfer.generation.mail import Mail
 PROMPT = 9
 
 
-def long(monkeypatch, name: str, dtype: torch.dtype = torch.float32):
-    """A tiny model with room for 256 positions that never stops by itself."""
+def long(monkeypatch, name: str, dtype: torch.dtype = torch.float32, positions: int = 256):
+    """A tiny model with room for so many positions that never stops by itself."""
     for table in (architectures.SMALL, architectures.GROUPED):
-        monkeypatch.setitem(table, "max_position_embeddings", 256)
+        monkeypatch.setitem(table, "max_position_embeddings", positions)
     model = build(name, dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -11,6 +11,7 @@ from architectures import build
 from generating import PROMPT, Replays, engine, late, long, made, patched, prompts, same
 
 import fastinfer
+from fastinfer.generation import engine as engines
 from fastinfer.generation.graphs import Step
 from fastinfer.modules.capture import CaptureError
 
@@ -49,6 +50,23 @@ def test_a_step_does_the_same_each_time(captured, monkeypatch):
     same(captured, rows=2, padded=True, max_new_tokens=30, eos_token_id=2)
     same(captured, rows=1, max_new_tokens=30, repetition_penalty=1.2, no_repeat_ngram_size=3)
     captured[1].generate(**prompts(2), do_sample=True, repetition_penalty=1.2, top_p=0.9, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("kind", ["keep", "int8"])
+def test_a_cache_grows_while_it_decodes(monkeypatch, kind):
+    """A large max_length is no reason to take the memory for all of it; captured steps follow the cache."""
+    late(monkeypatch)
+    monkeypatch.setattr(engines, "ROOM", 8)
+    model = long(monkeypatch, "llama", positions=4096)
+    ours = fastinfer.patch(copy.deepcopy(model), "keep", kv_cache=kind)
+    before = Replays.recorded
+    out = ours.generate(**prompts(2, padded=True), max_new_tokens=530)
+    session = engine(ours).sessions[2, kind]
+    assert session.cache.capacity == 1024 and Replays.recorded == before + 3, "256, 512, 1024"
+    if kind == "keep":
+        assert torch.equal(out, model.generate(**prompts(2, padded=True), max_new_tokens=530))
+    again = ours.generate(**prompts(2, padded=True), max_new_tokens=530)
+    assert torch.equal(again, out) and engine(ours).sessions[2, kind] is session
 
 
 def test_capacity_in_buckets(captured):

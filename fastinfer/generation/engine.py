@@ -17,7 +17,7 @@ from fastinfer.generation.graphs import CUDAGraphs, Recorder
 from fastinfer.generation.loop import CACHE_NAME, Loop, Request
 from fastinfer.generation.mail import Mail, PinnedMail
 from fastinfer.generation.session import Session, bucket
-from fastinfer.generation.support import cache_refusal, positions_of, refusal
+from fastinfer.generation.support import cache_refusal, positions_of, prompt_of, refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Backend:
 
 BACKENDS = {"cuda": Backend(PinnedMail, CUDAGraphs, torch.cuda.device)}
 SESSIONS = 4  # numbers of rows whose buffers stay
+ROOM = 1024  # new tokens that there is room for at first, however large max_length is
 
 
 class Engine:
@@ -96,11 +97,10 @@ class Engine:
         if theirs is None and request.config.return_dict_in_generate:
             theirs = KVCache(self.model.config, kind=self.kind)
         rows = len(request.input_ids)
-        positions = positions_of(request)
         key = (rows, self.kind if theirs is None else theirs.kind)
         device = self.model.device
         with _backend(device).guard(device):
-            session = self._session(key, positions)
+            session = self._session(key, request)
             result = Loop(request, self.step, session).run(theirs)
         # only now: a session that an exception went through may be half done
         self.sessions[key] = session
@@ -108,10 +108,12 @@ class Engine:
             self.sessions.popitem(last=False)
         return result
 
-    def _session(self, key: tuple, positions: int) -> Session:
+    def _session(self, key: tuple, request: Request) -> Session:
         """Takes the session for so many rows out of those that stayed, if it has room, or makes one."""
+        most = positions_of(request)
+        positions = min(most, prompt_of(request) + ROOM)
         found = self.sessions.pop(key, None)
-        if found is not None and found.cache.capacity >= positions:
+        if found is not None and found.cache.capacity >= positions and len(found.history) >= most:
             return found
         rows, kind = key
         device = self.model.device
@@ -119,7 +121,7 @@ class Engine:
         if self.recorder is None:
             self.recorder = backend.recorder(device)
         cache = KVCache(self.model.config, kind=kind, capacity=bucket(positions))
-        return Session(cache, rows, device, backend.mail, self.recorder)
+        return Session(cache, bucket(most), rows, device, backend.mail, self.recorder)
 
 
 def _lacks_memory(error: RuntimeError) -> bool:

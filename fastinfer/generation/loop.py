@@ -132,6 +132,9 @@ class Loop:
                     return kept
             if last:
                 return kept
+            if self.session.cache.filled == self.session.cache.capacity:
+                self.session.grow()
+                step = self._step()
             self._next(step)
 
     # ---- on the device ----------------------------------------------------------------------------------------------

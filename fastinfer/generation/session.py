@@ -28,9 +28,9 @@ def bucket(positions: int) -> int:
 class Session:
     """Buffers that stay for all calls with as many rows. A step is a function of them alone, so that it can be captured.
 
-    cache:    keys and values, at least of the capacity asked for
+    cache:    keys and values; they grow
     ids:      [B, 1] int64, the tokens that the next step takes
-    history:  [capacity, B] int64, the tokens made in this call
+    history:  [most, B] int64, the tokens made in this call
     made:     one int64, how many these are: where the next ones go
     offset:   one int64, what `ops.sample` counts draws with: the same number
     seed:     one int64
@@ -41,6 +41,7 @@ class Session:
     def __init__(
         self,
         cache: KVCache,
+        most: int,
         rows: int,
         device: torch.device,
         mail: Callable[[torch.Tensor], Mail],
@@ -48,7 +49,7 @@ class Session:
     ):
         self.cache, self.recorder = cache, recorder
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.history = torch.zeros(cache.capacity, rows, dtype=torch.int64, device=device)
+        self.history = torch.zeros(most, rows, dtype=torch.int64, device=device)
         self.made = torch.zeros(1, dtype=torch.int64, device=device)
         self.offset = torch.zeros(1, dtype=torch.int64, device=device)
         self.uncounted = torch.zeros(rows, dtype=torch.int32, device=device)  # in place of lengths, beside the prompt's
@@ -74,6 +75,13 @@ class Session:
         if addresses != self.addresses:
             self.steps.clear()
             self.addresses = addresses
+
+    def grow(self) -> None:
+        """Makes twice the room for keys and values. What was captured is void: they have moved."""
+        self.mail.settle()
+        self.cache.reserve(2 * self.cache.capacity)
+        self.steps.clear()
+        self.addresses = self._addresses(self.cache)
 
     @staticmethod
     def _addresses(cache: KVCache) -> tuple:

@@ -100,8 +100,8 @@ def mask_refusal(request: Request) -> str:
     return "the attention mask has holes, or padding on the right" if broken.item() else ""
 
 
-def positions_of(request: Request) -> int:
-    """How many positions its cache needs room for, at most."""
+def prompt_of(request: Request) -> int:
+    """How many positions its cache has filled when the prompt is in it."""
     cache, mask, prompt = (
         request.kwargs.get(CACHE_NAME),
         request.kwargs.get("attention_mask"),
@@ -113,7 +113,12 @@ def positions_of(request: Request) -> int:
     )  # newer transformers drop ones
     if seen == prompt > past:
         past = 0  # the whole text was given again, what is in the cache is part of it
-    return past + max(prompt + 1, request.criteria.max_length)
+    return past + prompt
+
+
+def positions_of(request: Request) -> int:
+    """How many positions its cache needs room for, at most."""
+    return prompt_of(request) + max(1, request.criteria.max_length - request.input_ids.shape[1])
 
 
 def cache_refusal(request: Request, limit: int | None) -> str:
