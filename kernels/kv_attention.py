@@ -43,6 +43,11 @@ def hadamard(v, STAGES: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def length_of(lengths, b, T, L):
+    return tl.maximum(tl.minimum(tl.load(lengths + b), L - T), 0)  # never outside of the cache
+
+
+@triton.jit
 def append_kernel(
     x, cos, sin,  # [B, T, G, D], [B or 1, T, R] twice or unused
     lengths, cache, scales,  # [B], [B, G, L, D], [B, G, L] or unused
@@ -56,7 +61,7 @@ def append_kernel(
     x += b * x_row + t * x_token + g * x_head
     v = load_rotated(x, cos + b * cos_row + t * cos_token, sin + b * sin_row + t * sin_token, i, D, R)
     v = hadamard(v, STAGES, BLOCK_D)
-    position = (b * G + g) * L + tl.load(lengths + b) + t
+    position = (b * G + g) * L + length_of(lengths, b, T, L) + t
     if INT8:
         finite = tl.abs(v) <= LARGEST  # false for NaN too
         clean = tl.max(tl.where(finite, 0, 1)) == 0
@@ -97,8 +102,8 @@ def attend_kernel(
     rows = T * GROUP
     row = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     i = tl.arange(0, BLOCK_D)
-    length = tl.load(lengths + b)
-    start = tl.load(starts + b) if HAS_STARTS else 0
+    length = length_of(lengths, b, T, L)
+    start = tl.maximum(tl.load(starts + b), 0) if HAS_STARTS else 0
     t = row // GROUP
     high = length + t
     low = tl.zeros((BLOCK_Q,), tl.int32) + start

@@ -333,6 +333,28 @@ def test_a_query_that_sees_nothing_is_zero(device):
         assert not y[0, :2].any() and y[0, 2:].any() and not y[1].any()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_stays_inside_of_the_cache(kind, device, native):
+    """Lengths and starts that are refused on the CPU, and that other devices keep to themselves."""
+    if device == "cpu":
+        pytest.skip("refused on the CPU")
+    check_positions(make([700, 700], 2, (4, 2, 64), kind, device, spare=0), run)
+
+
+def check_positions(a, attend):
+    """Values far outside count as the nearest ones inside; the caches get the same. `a` is filled but for T positions."""
+    most = a["lengths"][0].item()
+    for lengths, starts in [([most + 90, most], [-5, -(2**31)]), ([-3, 2**31 - 1], [0, 0])]:
+        inside = [min(max(n, 0), most) for n in lengths], [max(n, 0) for n in starts]
+        both = [
+            copy(a) | {n: a["lengths"].new_tensor(v) for n, v in zip(("lengths", "starts"), values, strict=True)}
+            for values in ((lengths, starts), inside)
+        ]
+        assert torch.equal(attend(both[0]), attend(both[1]))
+        for name in [n for n in a if n.endswith(("cache", "_scale"))]:
+            torch.testing.assert_close(both[0][name], both[1][name], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("b", "t"), [(0, 1), (2, 0)])
 def test_nothing_to_do(b, t, device):
     a = make([3] * max(b, 1), t, (4, 2, 64), torch.float32, device)

@@ -152,6 +152,14 @@ def test_int8_keys_are_transformed(d):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", attention_cases.KINDS, ids=str)
+def test_kv_attention_stays_inside_of_the_cache(kind):
+    def attend(a):
+        return kernel("kv_attention")(*(a.get(name) for name in attention_cases.SCHEMA), 0.2, 0, 0.0)
+
+    attention_cases.check_positions(attention_cases.make([90, 90], 2, (2, 1, 16), kind, DEVICE, spare=0), attend)
+
+
 def check_cut_attention(a):
     """In bf16 the interpreter cuts instead of rounding: keys, queries and results are off by an ulp."""
     ours, theirs = attention_cases.copy(a), attention_cases.copy(a)

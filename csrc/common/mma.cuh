@@ -99,10 +99,11 @@ __device__ __forceinline__ void store_smem8(uint32_t address, const uint2& v) {
 
 // ---- global memory, arithmetic ----------------------------------------------------------------------------------------
 
-// The load is issued where it stands; what needs it waits, where that stands.
+// The load is issued where it stands; what needs it waits, where that stands. From the L2: an L1 may still have what was
+// there before the kernel before, for kernels that start early.
 __device__ __forceinline__ int load_at_once(const int* gmem) {
   int v;
-  asm volatile("ld.global.s32 %0, [%1];\n" : "=r"(v) : "l"(gmem));
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(v) : "l"(gmem));
   return v;
 }
 // Returns what was there. Releases what this thread has seen written (by its block before a barrier, too), acquires what

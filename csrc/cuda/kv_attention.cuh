@@ -242,7 +242,7 @@ struct RowLimits {
 
 __device__ __forceinline__ KeySplit split_row(const AttentionArgs& a, const RowLimits& row) {
   const int length = larger(0, smaller(row.length, a.positions - a.t));  // never outside of the cache
-  return split_keys(length, row.start, a.window, a.t, a.units, a.most_units);
+  return split_keys(length, larger(0, row.start), a.window, a.t, a.units, a.most_units);
 }
 
 // ---- kernels ------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,8 @@ template <typename T>
 bool launch_tile_attention(const char* op, AttentionArgs args, bool int8, const Tensor& like,
                            const LaunchContext& context);
 
-// `count` counters that are 0 and that no launch in flight has.
+// `count` counters that are 0 and that no launch in flight has, unless that was so many launches ago that all counters have
+// been taken since (kv_attention.cu): such launches may not run at the same time.
 unsigned* take_counters(int64_t count, const LaunchContext& context);
 constexpr int64_t kMostCounters = 1 << 13;  // of one launch
 

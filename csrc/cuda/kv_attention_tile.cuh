@@ -28,6 +28,7 @@
 
 #include "common/hopper.cuh"
 #include "cuda/kv_attention.cuh"
+#include "cuda/kv_attention_sums.cuh"
 
 namespace fastinfer {
 
@@ -45,48 +46,6 @@ template <>
 __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
   return bits(__floats2bfloat162_rn(low, high));
 }
-
-// A softmax over some keys, of one query: the largest score (base 2), Σ 2^(score − largest).
-struct Stats {
-  float top = -__builtin_inff(), sum = 0.f;
-};
-
-__device__ __forceinline__ float4 pair_of(const Stats (&stats)[2]) {
-  return {stats[0].top, stats[0].sum, stats[1].top, stats[1].sum};
-}
-
-// What two parts' sums are multiplied by when they become one.
-struct Fold {
-  float ours, theirs;
-
-  // Makes `into` the stats of both parts.
-  __device__ __forceinline__ Fold(Stats& into, const Stats& part) {
-    const float top = fmaxf(into.top, part.top), base = top == -__builtin_inff() ? 0.f : top;
-    ours = exp2_fast(into.top - base), theirs = exp2_fast(part.top - base);
-    into.sum = (*this)(into.sum, part.sum);
-    into.top = top;
-  }
-  // One rounding for all places where parts meet: the compiler may not choose.
-  __device__ __forceinline__ float operator()(float a, float b) const {
-    return __fmaf_rn(b, theirs, __fmul_rn(a, ours));
-  }
-};
-
-// Part of the sums of two queries: a lane's share of 16 dimensions × 8 queries, its columns' stats beside it.
-struct Part {
-  Stats stats[2];
-  float v[4];
-
-  __device__ __forceinline__ void fold(const float4& their_stats, const float4& theirs) {
-    const Fold first(stats[0], {their_stats.x, their_stats.y}), second(stats[1], {their_stats.z, their_stats.w});
-    v[0] = first(v[0], theirs.x), v[1] = second(v[1], theirs.y);
-    v[2] = first(v[2], theirs.z), v[3] = second(v[3], theirs.w);
-  }
-  __device__ __forceinline__ void set(const float4& s, const float4& values) {
-    stats[0] = {s.x, s.y}, stats[1] = {s.z, s.w};
-    v[0] = values.x, v[1] = values.y, v[2] = values.z, v[3] = values.w;
-  }
-};
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------------
 
@@ -516,7 +475,7 @@ struct TileAttention {
                                               int lane, bool first) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      Part part;
+      PartOfSums part;
 #pragma unroll
       for (int i = tile * kSlices; i < (tile + 1) * kSlices; ++i) {
         const uint32_t slot = slots + (i * kWarps + warp) * kSlotBytes;
@@ -581,7 +540,7 @@ struct TileAttention {
     for (int j = 0; j < kOwned; ++j) {
       if (work.rank + j * kRanks >= kParts) break;
       const uint32_t slot = slots + (j * kRanks * kWarps + warp) * kSlotBytes;
-      Part part;
+      PartOfSums part;
       part.set(load_smem_float4(slot + 512 + lane % 4 * 16), load_smem_float4(slot + lane * 16));
 #pragma unroll
       for (int u = 1; u < kRanks; ++u) {
@@ -597,8 +556,8 @@ struct TileAttention {
   }
 
   // Those of the warps, in order.
-  static __device__ __forceinline__ Part fold_warps(uint32_t slot, int lane) {
-    Part part;
+  static __device__ __forceinline__ PartOfSums fold_warps(uint32_t slot, int lane) {
+    PartOfSums part;
     part.set(load_smem_float4(slot + 512 + lane % 4 * 16), load_smem_float4(slot + lane * 16));
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) {
@@ -614,7 +573,7 @@ struct TileAttention {
   }
 
   static __device__ __forceinline__ void write(const AttentionArgs& args, const Work& work, int i, int lane,
-                                               const Part& part) {
+                                               const PartOfSums& part) {
     const int slice = i % kSlices, tile = i / kSlices, heads = args.group * args.g;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -649,7 +608,7 @@ struct TileAttention {
                                                  int lane) {
     const int stride = args.ranks * kWarps * kSlotBytes, first = work.rank + warp * args.ranks;
     for (int i = first, j = warp; i < kParts; i += kWarps * args.ranks, j += kWarps) {
-      const Part part = fold_warps(slots + j * stride, lane);
+      const PartOfSums part = fold_warps(slots + j * stride, lane);
       if (work.keys.one_group()) {
         write(args, work, i, lane, part);
         continue;
@@ -661,7 +620,7 @@ struct TileAttention {
     if (work.keys.one_group() || !last_to_arrive(args, work, slots - kSmemState + kSmemArrived + 8)) return;
     const int groups = work.keys.groups();
     for (int i = first; i < kParts; i += kWarps * args.ranks) {
-      Part part;
+      PartOfSums part;
 #pragma unroll 4
       for (int group = 0; group < groups; ++group) {
         const float4* from = partial(args, work, group);

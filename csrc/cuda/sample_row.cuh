@@ -25,8 +25,6 @@ struct SampleArgs {
   float* scores = nullptr;  // [B, ranks · part], or null where a part fits into shared memory
   int64_t* tokens = nullptr;
   int64_t row_stride = 0;
-  Element type{};
-  bool wide = false;  // rows can be read in packs of 8
   int vocabulary = 0, ranks = 1, part = 0;
   int top_k = 0;  // 0: off
   float temperature = 1.f, penalty = 1.f, min_p = 0.f;

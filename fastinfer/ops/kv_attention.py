@@ -50,7 +50,8 @@ def kv_attention(
         cos:     [B or 1, T, R] fp32 or dtype of q, the last dimension contiguous, R even and ≤ D: the first R dimensions of
                  q and k are rotated in pairs i, i + R/2, as Llama's rotate_half does; None: no rotation
         sin:     like cos
-        starts:  [B] int32, the first position of each row that counts (left padding), or None for 0
+        starts:  [B] int32, the first position of each row that counts (left padding), or None for 0; below 0 raises on the
+                 CPU and is 0 elsewhere
         scale:   factor of the scores, or None for D^−½
         window:  how many positions a query sees at most, its own included; 0: all
         softcap: bound of the scores' tanh, as in Gemma 2; 0: none
