@@ -101,6 +101,8 @@ class Engine:
         device = self.model.device
         with _backend(device).guard(device):
             session = self._session(key, request)
+            for other in self.sessions.values():  # their graphs share memory with this one's, whatever stream they ran on
+                other.mail.open()
             result = Loop(request, self.step, session).run(theirs)
         # only now: a session that an exception went through may be half done
         self.sessions[key] = session
