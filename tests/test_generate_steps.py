@@ -1,16 +1,22 @@
 """Steps that are captured and reused, and generate as a part of a patch."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import threading
+import time
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
 from architectures import build
-from generating import PROMPT, Replays, engine, late, long, made, patched, prompts, same
+from generating import PROMPT, LateMail, Replays, engine, late, long, made, patched, prompts, same
 
 import fastinfer
+from fastinfer.generation import engine as engines
+from fastinfer.generation.graphs import CUDAGraphs
 
 pytestmark = pytest.mark.models
 
@@ -159,3 +165,46 @@ def test_encoder_decoders_say_why_not():
     ours = fastinfer.patch(build("t5"))
     ours.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
     assert "encoder–decoder" in str(fastinfer.report(ours))
+
+
+def test_a_call_waits_for_the_one_before_whatever_its_rows(monkeypatch):
+    """Steps of all sessions share their memory; the one too many of a call may still run when the next call begins."""
+    model, events = patched(long(monkeypatch, "llama")), []
+
+    class Noted(LateMail):
+        def open(self):
+            events.append(("open", self))
+
+        def close(self):
+            events.append(("close", self))
+
+    monkeypatch.setitem(engines.BACKENDS, "cpu", engines.Backend(Noted, Replays))
+    for rows in (1, 2, 1):
+        model.generate(**prompts(rows), max_new_tokens=4)
+    assert [what for what, _ in events] == ["close", "open", "close", "open", "close"]
+    assert all(opened is closed for (_, closed), (_, opened) in zip(events[::2], events[1::2], strict=False))
+
+
+def test_two_models_are_not_captured_at_once(monkeypatch):
+    """torch fails where a second capture begins in another thread."""
+    inside, most = [], []
+
+    @contextlib.contextmanager
+    def capture(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    recorders = [CUDAGraphs.__new__(CUDAGraphs) for _ in range(2)]
+    for recorder in recorders:
+        recorder.stream = recorder.pool = None
+    threads = [threading.Thread(target=recorder.record, args=(lambda: None,)) for recorder in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastinfer.modules.capture import one_at_a_time
 from fastinfer.ops.launch import dependent_launch
 
 Work = Callable[[], Any]
@@ -68,6 +69,10 @@ class CUDAGraphs:
         return result
 
     def record(self, work: Work) -> tuple[Callable[[], None], Any]:
+        with one_at_a_time:
+            return self._record(work)
+
+    def _record(self, work: Work) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is no error
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")

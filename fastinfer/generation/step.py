@@ -82,8 +82,8 @@ class DecodeStep:
         self._settings = self._read_settings()
 
     def _read_settings(self) -> Settings:
-        """What changes the model's own forward besides weights and modules: sdpa leaves a softcap out, the last layers may be
-        left out, a norm has an epsilon."""
+        """What changes the model's own forward besides weights and modules: a norm's epsilon, the number of layers, the kind
+        of attention (sdpa leaves a softcap out)."""
         rotary = None if self.decoder.rotation is None else self.decoder.rotation.module
         return Settings([self.model.config.get_text_config(), *self.model.modules()], rotary)
 

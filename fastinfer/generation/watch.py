@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
 
-
 PLAIN = (type(None), bool, int, float, str)
 
 
