@@ -17,6 +17,7 @@ from generating import PROMPT, LateMail, Replays, engine, late, long, made, patc
 import fastinfer
 from fastinfer.generation import engine as engines
 from fastinfer.generation.graphs import CUDAGraphs
+from fastinfer.modules.capture import CUDARecorder
 
 pytestmark = pytest.mark.models
 
@@ -185,7 +186,7 @@ def test_a_call_waits_for_the_one_before_whatever_its_rows(monkeypatch):
     assert all(opened is closed for (_, closed), (_, opened) in zip(events[::2], events[1::2], strict=False))
 
 
-def test_two_models_are_not_captured_at_once(monkeypatch):
+def test_steps_and_encoders_are_not_captured_at_once(monkeypatch):
     """torch fails where a second capture begins in another thread."""
     inside, most = [], []
 
@@ -197,11 +198,10 @@ def test_two_models_are_not_captured_at_once(monkeypatch):
         yield
         inside.pop()
 
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
-    recorders = [CUDAGraphs.__new__(CUDAGraphs) for _ in range(2)]
-    for recorder in recorders:
-        recorder.stream = recorder.pool = None
+    fakes = {"graph": capture, "device": lambda device: contextlib.nullcontext()}
+    for name in ("graph", "device", "CUDAGraph", "Stream", "Event", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, fakes.get(name, Mock))
+    recorders = [CUDAGraphs(torch.device("cuda", 0)), CUDARecorder(torch.device("cuda", 0))]
     threads = [threading.Thread(target=recorder.record, args=(lambda: None,)) for recorder in recorders]
     for thread in threads:
         thread.start()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from fastinfer.modules.capture import one_at_a_time
-from fastinfer.ops.launch import dependent_launch
+from fastinfer.modules.capture import CUDARecorder
 
 Work = Callable[[], Any]
 
@@ -55,33 +53,18 @@ class CUDAGraphs:
     """Captures steps as CUDA graphs. They share their memory: only one may run at a time."""
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.recorder = CUDARecorder(device)
 
     def warm(self, work: Work) -> Any:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        stream = self.recorder.stream
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             result = work()
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         if isinstance(result, torch.Tensor):
             result.record_stream(current)
         return result
 
     def record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        with one_at_a_time:
-            return self._record(work)
-
-    def _record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the device meanwhile is no error
-        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        collects = gc.isenabled()
-        gc.disable()  # what it would free may call what a capture forbids
-        try:
-            with capture, dependent_launch():
-                result = work()
-        finally:
-            if collects:
-                gc.enable()
-        return graph.replay, result
+        return self.recorder.record(work)

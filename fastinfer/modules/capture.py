@@ -12,7 +12,7 @@ import torch
 
 from fastinfer.ops.launch import dependent_launch
 
-one_at_a_time = threading.Lock()  # torch allows one capture in a process, whatever is captured
+_one_at_a_time = threading.Lock()  # torch allows one capture in a process, whatever is captured
 
 
 class CaptureError(RuntimeError):
@@ -34,7 +34,7 @@ class CUDARecorder:
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays the work, and its result: the same tensors, written by each replay. Raises CaptureError."""
-        with one_at_a_time, torch.cuda.device(self.device):
+        with _one_at_a_time, torch.cuda.device(self.device):
             try:
                 return self._record(work)
             except CaptureError:  # a kernel's first use may do what a capture forbids: that is done now
