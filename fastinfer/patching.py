@@ -69,7 +69,7 @@ def patch(
         reversible:  keep the originals for `unpatch`: in the model's checkpoint where it holds them bit for bit,
                      else in host memory
     Returns: the model; with dry_run, a Report
-    Raises:  PatchError (GroupSizeError), RecipeError, TypeError; the model is then unchanged
+    Raises:  PatchError (GroupSizeError), RecipeError, TypeError, ValueError (kv_cache); the model is then unchanged
 
     An embedding whose weight is tied to a replaced head shares the head's int8 weight. Only this instance changes.
 

@@ -169,6 +169,31 @@ def test_follows_the_number_of_layers():
     assert len(step_of(model).decoder.layers) == 1 and step_of(model).epoch == 1
 
 
+def set_all(model, kind, name, value):
+    for module in model.modules():
+        if type(module).__name__.endswith(kind):
+            setattr(module, name, value)
+
+
+SETTINGS = {
+    "scaling": ("llama", lambda m: set_all(m, "Attention", "scaling", 0.05)),
+    "epsilon": ("llama", lambda m: set_all(m, "RMSNorm", "variance_epsilon", 2.0)),
+    "angles written": ("llama", lambda m: m.model.rotary_emb.inv_freq.mul_(0.5)),
+    "angles scaled": ("llama", lambda m: setattr(m.model.rotary_emb, "attention_scaling", 1.5)),
+    "softcap of logits": ("gemma2", lambda m: setattr(m.config, "final_logit_softcapping", 2.0)),
+    "factor of residuals": ("granite", lambda m: set_all(m, "DecoderLayer", "residual_multiplier", 0.3)),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_follows_settings(what):
+    name, change = SETTINGS[what]
+    model = fastinfer.patch(model_of(name), "keep")
+    change(model)
+    check(model)
+    assert step_of(model).stale() is None and step_of(model).epoch == 1
+
+
 def test_lora_makes_it_stale_and_goes_again():
     peft = pytest.importorskip("peft")
     model = fastinfer.patch(model_of("llama"), "keep", merge=True)

@@ -1,19 +1,23 @@
 """Steps that are captured and reused, and generate as a part of a patch."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import threading
+import time
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
 from architectures import build
-from generating import PROMPT, Replays, engine, late, long, made, patched, prompts, same
+from generating import PROMPT, LateMail, Replays, engine, late, long, made, patched, prompts, same
 
 import fastinfer
 from fastinfer.generation import engine as engines
-from fastinfer.generation.graphs import Step
-from fastinfer.modules.capture import CaptureError
+from fastinfer.generation.graphs import CUDAGraphs, Step
+from fastinfer.modules.capture import CaptureError, CUDARecorder
 
 pytestmark = pytest.mark.models
 
@@ -195,3 +199,45 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is():
     with pytest.warns(UserWarning, match="no capture here"):
         assert step(1) == 2
     assert step(1) == 3 and runs == [1, 1, 1]
+
+
+def test_a_call_waits_for_the_one_before_whatever_its_rows(monkeypatch):
+    """Steps of all sessions share their memory; the one too many of a call may still run when the next call begins."""
+    model, events = patched(long(monkeypatch, "llama")), []
+
+    class Noted(LateMail):
+        def open(self):
+            events.append(("open", self))
+
+        def close(self):
+            events.append(("close", self))
+
+    monkeypatch.setitem(engines.BACKENDS, "cpu", engines.Backend(Noted, Replays))
+    for rows in (1, 2, 1):
+        model.generate(**prompts(rows), max_new_tokens=4)
+    assert [what for what, _ in events] == ["close", "open", "close", "open", "close"]
+    assert all(opened is closed for (_, closed), (_, opened) in zip(events[::2], events[1::2], strict=False))
+
+
+def test_steps_and_encoders_are_not_captured_at_once(monkeypatch):
+    """torch fails where a second capture begins in another thread."""
+    inside, most = [], []
+
+    @contextlib.contextmanager
+    def capture(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        yield
+        inside.pop()
+
+    fakes = {"graph": capture, "device": lambda device: contextlib.nullcontext()}
+    for name in ("graph", "device", "CUDAGraph", "Stream", "Event", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, fakes.get(name, Mock))
+    recorders = [CUDAGraphs(torch.device("cuda", 0)), CUDARecorder(torch.device("cuda", 0))]
+    threads = [threading.Thread(target=recorder.record, args=(lambda: None,)) for recorder in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]

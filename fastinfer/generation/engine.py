@@ -54,6 +54,7 @@ class Engine:
         self.epoch = -1
         self.lock = threading.Lock()
         self.holder: int | None = None
+        self.mail: Mail | None = None  # of the call before, which may be on another stream: captured steps share memory
 
     def __getstate__(self) -> dict:
         return {name: vars(self)[name] for name in ("model", "step", "kind", "last")}
@@ -101,9 +102,11 @@ class Engine:
         device = self.model.device
         with _backend(device).guard(device):
             session = self._session(key, request)
-            for other in self.sessions.values():  # their graphs share memory with this one's, whatever stream they ran on
-                other.mail.open()
+            if self.mail is not None:
+                self.mail.open()
+            self.mail = None
             result = Loop(request, self.step, session).run(theirs)
+            self.mail = session.mail
         # only now: a session that an exception went through may be half done
         self.sessions[key] = session
         while len(self.sessions) > SESSIONS:

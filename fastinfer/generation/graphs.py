@@ -56,15 +56,22 @@ class Step:
         return self.result
 
 
-class CUDAGraphs(CUDARecorder):
-    """Captures steps as CUDA graphs, after a first run on the stream that they are captured on."""
+class CUDAGraphs:
+    """Captures steps as CUDA graphs. They share their memory: only one may run at a time."""
+
+    def __init__(self, device: torch.device):
+        self.recorder = CUDARecorder(device)
 
     def warm(self, work: Work) -> Any:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        stream = self.recorder.stream
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             result = work()
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         if isinstance(result, torch.Tensor):
             result.record_stream(current)
         return result
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
+        return self.recorder.record(work)

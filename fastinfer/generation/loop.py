@@ -101,7 +101,6 @@ class Loop:
 
     def _run(self, theirs: KVCache | None) -> Any:
         session = self.session
-        session.mail.open()
         session.cache.crop(-session.cache.filled)
         logits = self.request.prefill(session.cache if theirs is None else theirs)
         if theirs is not None:

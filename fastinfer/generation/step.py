@@ -11,7 +11,7 @@ from fastinfer import ops
 from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
 from fastinfer.generation.parts import Context, Rotations, multiply
-from fastinfer.generation.watch import Watch
+from fastinfer.generation.watch import Settings, Watch
 from fastinfer.modules import Int8Embedding
 from fastinfer.modules.kept import KeptSiblings
 from fastinfer.rules import decoder as rule
@@ -79,12 +79,13 @@ class DecodeStep:
         if self._kept is not None:
             self.merge()
         self.watch = Watch(self.model)
-        self._settings = self._now()
+        self._settings = self._read_settings()
 
-    def _now(self) -> tuple:
-        """Settings that change the model's own forward: sdpa leaves a softcap out, and the last layers may be left out."""
-        config = self.model.config.get_text_config()
-        return tuple(getattr(config, name, None) for name in ("_attn_implementation", "num_hidden_layers"))
+    def _read_settings(self) -> Settings:
+        """What changes the model's own forward besides weights and modules: a norm's epsilon, the number of layers, the kind
+        of attention (sdpa leaves a softcap out)."""
+        rotary = None if self.decoder.rotation is None else self.decoder.rotation.module
+        return Settings([self.model.config.get_text_config(), *self.model.modules()], rotary)
 
     def __getstate__(self) -> dict:
         """A copy or a pickle holds the model, and reads it again when it is complete."""
@@ -120,7 +121,7 @@ class DecodeStep:
         reason = self.watch.changed()
         if reason is None and torch.is_autocast_enabled(self.decoder.embedding.weight.device.type):
             reason = "autocast is on"
-        if reason is not None or not (self.watch.moved() or self._settings != self._now()):
+        if reason is not None or not (self.watch.moved() or self._settings.changed()):
             return reason
         try:
             self._read()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
+
+PLAIN = (type(None), bool, int, float, str)
 
 
 class Watch:
@@ -41,6 +45,35 @@ class Watch:
         """Whether any tensor is elsewhere in memory."""
         tensors = ((table.get(name), address) for table, name, address in self.tensors)
         return any(tensor is None or tensor.data_ptr() != address for tensor, address in tensors)
+
+
+class Settings:
+    """Numbers and names that modules and configurations hold, and how often a module's buffers were written to.
+
+    holders: modules and configurations
+    written: a module of whose buffers tables were made, or None
+    """
+
+    def __init__(self, holders: Iterable[Any], written: nn.Module | None):
+        self.rows = []
+        for table in map(vars, holders):
+            names = [name for name, value in table.items() if type(value) in PLAIN and name != "training"]
+            if names:
+                get = itemgetter(*names)
+                self.rows.append((table, get, get(table)))
+        self.written = written  # not its buffers: what is moved away is not to be kept alive
+        self.versions = self._versions()
+
+    def changed(self) -> bool:
+        try:
+            changed = any(get(table) != values for table, get, values in self.rows)
+        except KeyError:
+            return True
+        return changed or self._versions() != self.versions
+
+    def _versions(self) -> list[int]:
+        buffers = [] if self.written is None else self.written.buffers()
+        return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
 
 
 def _is_recorder(hook: Any) -> bool:

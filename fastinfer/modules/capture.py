@@ -12,7 +12,7 @@ import torch
 
 from fastinfer.ops.launch import dependent_launch
 
-_one_at_a_time = threading.Lock()  # torch allows one capture in a process
+_one_at_a_time = threading.Lock()  # torch allows one capture in a process, whatever is captured
 
 
 class CaptureError(RuntimeError):
