@@ -80,6 +80,9 @@ def patch(
     recipe = Recipe.of(weights, group_size=group_size, method=method, activations=activations)
     if kv_cache not in KINDS:
         raise ValueError(f"kv_cache must be one of {', '.join(map(repr, KINDS))}, got {kv_cache!r}")
+    for name, value, kinds in (("merge", merge, (bool, type(None))), ("graphs", graphs, (bool,))):
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
     with _lock, torch.inference_mode(False), torch.no_grad():
         check_patchable(inner)
         plan = Planner(inner, recipe, strict, merge, graphs).run()

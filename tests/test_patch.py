@@ -772,3 +772,11 @@ def test_nothing_global_is_patched():
     other = build("llama")
     assert type(model) is type(other) and not any(isinstance(m, Int8Linear) for m in other.modules())
     assert patching.RECORD not in vars(other) and "save_pretrained" not in vars(other)
+
+
+@pytest.mark.parametrize(("name", "value"), [("merge", "yes"), ("merge", 1), ("graphs", "no"), ("graphs", None)])
+def test_switches_are_bools(name, value):
+    model = build("bert")
+    with pytest.raises(TypeError, match=f"{name} must be bool"):
+        fastinfer.patch(model, **{name: value})
+    assert "_fastinfer" not in vars(model)
