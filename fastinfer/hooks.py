@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from transformers.utils import output_capturing
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -42,3 +45,9 @@ def move_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
     except BaseException:
         add_hook_to_module(source, hook)
         raise
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is transformers' own: put in when hidden states or attentions are first asked for, it stays, and does
+    nothing in other calls."""
+    return getattr(hook, "__module__", "") == output_capturing.__name__

@@ -125,6 +125,10 @@ class KVCache(Cache):
             raise CacheError("KVCache: attention_mask must be padded on the left alone: 0 … 0 1 … 1 in each row")
         self._shared.pad(padding if padded else None)
 
+    def pad_as(self, other: KVCache) -> None:
+        """Takes the padding of another cache of as many rows."""
+        self._shared.pad(other.starts)
+
     # ---- transformers' interface ------------------------------------------------------------------------------------
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

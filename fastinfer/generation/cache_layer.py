@@ -14,9 +14,8 @@ from fastinfer.ops.kv_attention import hadamard, transform_size
 
 BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 BLOCK = 256  # positions by which buffers grow
-MOST_GROWTH = (
-    4096  # doubling ends here: a step reads the whole cache anyway, so that a copy in so many steps is nothing
-)
+MOST_GROWTH = 4096
+"""Where doubling ends: a step reads the whole cache anyway, so that a copy in so many steps is nothing."""
 
 
 def round_up(positions: int) -> int:

@@ -56,22 +56,15 @@ class Step:
         return self.result
 
 
-class CUDAGraphs:
-    """Captures steps as CUDA graphs. They share their memory: only one may run at a time."""
-
-    def __init__(self, device: torch.device):
-        self.recorder = CUDARecorder(device)
+class CUDAGraphs(CUDARecorder):
+    """Captures steps as CUDA graphs, after a first run on the stream that they are captured on."""
 
     def warm(self, work: Work) -> Any:
-        stream = self.recorder.stream
-        current = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             result = work()
-        current.wait_stream(stream)
+        current.wait_stream(self.stream)
         if isinstance(result, torch.Tensor):
             result.record_stream(current)
         return result
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        return self.recorder.record(work)

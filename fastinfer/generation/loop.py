@@ -105,7 +105,6 @@ class Loop:
         logits = self.request.prefill(session.cache if theirs is None else theirs)
         if theirs is not None:
             session.load(theirs)
-            session.cache.set_padding(self.request.kwargs.get("attention_mask"))
         filled = session.cache.filled
         vocabulary, device = logits.shape[-1], logits.device
         session.start(self.sampling.settings.draws, self.sampling.seen(self.request.input_ids, vocabulary, device))

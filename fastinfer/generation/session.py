@@ -112,6 +112,7 @@ class Session:
             capacity = self.cache.capacity
             self.cache = copy.deepcopy(theirs)
             self.cache.reserve(capacity)
+        self.cache.pad_as(theirs)
 
     def unload(self, theirs: KVCache, filled: int, new: int) -> None:
         """Appends to a caller's cache, which has `filled` positions, as many new ones; more that were made are dropped."""

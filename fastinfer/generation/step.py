@@ -12,7 +12,7 @@ from fastinfer.errors import Unfusable
 from fastinfer.generation import proof
 from fastinfer.generation.parts import Context, Rotations, multiply
 from fastinfer.generation.watch import Settings, Watch
-from fastinfer.modules import Int8Embedding
+from fastinfer.modules.embedding import Int8Embedding, rounded
 from fastinfer.modules.kept import KeptSiblings
 from fastinfer.rules import decoder as rule
 
@@ -200,7 +200,7 @@ def _factors(embedding: nn.Embedding, factor: float) -> tuple[float, float]:
     """A factor on an embedding's rows as that for `ops.embed`, which rounds it to their dtype, and one for what it gives."""
     if isinstance(embedding, Int8Embedding):
         return embedding.factor, factor
-    held = torch.tensor(factor, dtype=embedding.weight.dtype, device="cpu").item() == factor
+    held = rounded(factor, embedding.weight.dtype) == factor
     return (factor, 1.0) if held else (1.0, factor)
 
 

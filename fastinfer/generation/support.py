@@ -91,26 +91,28 @@ def mask_refusal(request: Request) -> str:
     mask = request.kwargs.get("attention_mask")
     if mask is None:
         return ""
-    cache = request.kwargs.get(CACHE_NAME)
-    past = cache.filled if isinstance(cache, KVCache) else 0
-    if mask.dim() != 2 or mask.shape[1] not in (request.input_ids.shape[1], past + request.input_ids.shape[1]):
+    if mask.dim() != 2 or mask.shape[1] not in (
+        request.input_ids.shape[1],
+        past_of(request) + request.input_ids.shape[1],
+    ):
         return f"an attention mask {list(mask.shape)}"
     seen = mask != 0
     broken = (seen[:, :-1] & ~seen[:, 1:]).any() | ~seen[:, -1].all()
     return "the attention mask has holes, or padding on the right" if broken.item() else ""
 
 
+def past_of(request: Request) -> int:
+    """How many positions the caller's cache has filled already."""
+    cache = request.kwargs.get(CACHE_NAME)
+    return cache.filled if isinstance(cache, KVCache) else 0
+
+
 def prompt_of(request: Request) -> int:
     """How many positions its cache has filled when the prompt is in it."""
-    cache, mask, prompt = (
-        request.kwargs.get(CACHE_NAME),
-        request.kwargs.get("attention_mask"),
-        request.input_ids.shape[1],
-    )
-    past = cache.filled if isinstance(cache, KVCache) else 0
-    seen = (
-        getattr(request.config, "_mask_length", -1) if mask is None else mask.shape[1]
-    )  # newer transformers drop ones
+    mask, prompt = request.kwargs.get("attention_mask"), request.input_ids.shape[1]
+    past = past_of(request)
+    # newer transformers drop a mask of ones, and say how long it was
+    seen = getattr(request.config, "_mask_length", -1) if mask is None else mask.shape[1]
     if seen == prompt > past:
         past = 0  # the whole text was given again, what is in the cache is part of it
     return past + prompt

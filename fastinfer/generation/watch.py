@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.utils import output_capturing
 
-PLAIN = (type(None), bool, int, float, str)
+from fastinfer.hooks import is_recorder
+from fastinfer.modules.snapshot import PLAIN
 
 
 class Watch:
@@ -33,7 +33,7 @@ class Watch:
         for path, module, children, forward in self.modules:
             if module._modules != children:
                 return f"modules of {path or 'the model'} were exchanged"
-            if module._forward_pre_hooks or not all(map(_is_recorder, module._forward_hooks.values())):
+            if module._forward_pre_hooks or not all(map(is_recorder, module._forward_hooks.values())):
                 return f"{path or 'the model'} has hooks"
             if vars(module).get("forward") is not forward:
                 return f"the forward of {path or 'the model'} was replaced"
@@ -74,9 +74,3 @@ class Settings:
     def _versions(self) -> list[int]:
         buffers = [] if self.written is None else self.written.buffers()
         return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
-
-
-def _is_recorder(hook: Any) -> bool:
-    """Whether a hook is transformers' own: put in when hidden states or attentions are first asked for, it stays, and does
-    nothing in other calls. Those that ask never reach a step."""
-    return getattr(hook, "__module__", "") == output_capturing.__name__

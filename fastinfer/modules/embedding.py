@@ -9,6 +9,11 @@ from fastinfer.modules.quantized import QuantizedModule
 from fastinfer.ops.layout import ROW, gather_rows
 
 
+def rounded(factor: float, dtype: torch.dtype) -> float:
+    """A factor as `dtype` holds it; as a number, since a tensor made of it would be copied to the device each time."""
+    return torch.tensor(factor, dtype=dtype, device="cpu").item()
+
+
 class Int8Embedding(QuantizedModule, nn.Embedding):
     """weight[ids] · weight_scale[ids] · factor in `compute_dtype`.
 
@@ -30,11 +35,7 @@ class Int8Embedding(QuantizedModule, nn.Embedding):
             input, self.weight_scale[:, None]
         )  # refuses ids out of range, as it always does
         rows = (gather_rows(self.weight, input, self.layout).float() * scale).to(self.compute_dtype)
-        return rows if self.factor == 1.0 else rows * self.rounded_factor(rows.dtype)
-
-    def rounded_factor(self, dtype: torch.dtype) -> float:
-        """The factor as `dtype` holds it; as a number, since a tensor made of it would be copied to the device each time."""
-        return torch.tensor(self.factor, dtype=dtype, device="cpu").item()
+        return rows if self.factor == 1.0 else rows * rounded(self.factor, rows.dtype)
 
     def reset_parameters(self) -> None:
         raise RuntimeError("Int8Embedding has no random initialisation: build it from a float module")

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastinfer.modules.capture import RECORDERS, CaptureError
-from fastinfer.modules.snapshot import Snapshot
+from fastinfer.modules.snapshot import PLAIN, Snapshot
 
 MAX_TOKENS = 4096
 """Integers in one input, above which a call is bound by its arithmetic and stays as it is."""
@@ -43,7 +43,6 @@ attention kernels runs, so that they may differ in rounding."""
 
 MASK = "attention_mask"
 Inputs = tuple[tuple, list[torch.Tensor]]
-PLAIN = (type(None), bool, int, float, str)
 
 
 def inputs_of(args: tuple, kwargs: dict) -> Inputs | None:

@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
-from transformers.utils import output_capturing
 
+from fastinfer.hooks import is_recorder
 from fastinfer.modules.capture import CaptureError
+
+PLAIN = (type(None), bool, int, float, str)
+"""Types of values that are what they say: equal ones do the same."""
 
 
 class Snapshot:
@@ -62,7 +65,7 @@ class Snapshot:
             return True
         if self.hooks_seen != RemovableHandle.next_id:  # a hook was added somewhere since
             hooks = chain.from_iterable(map(dict.values, self.hooks))
-            if any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks):
+            if not all(map(is_recorder, hooks)):
                 return True
             self.hooks_seen = RemovableHandle.next_id
         return False

@@ -63,9 +63,9 @@ def check_float(op: str, name: str, t: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {describe(t)}")
 
 
-def check_beside(op: str, name: str, t: torch.Tensor, w: torch.Tensor) -> None:
-    """The kernels read `t` as plain memory on w's device."""
-    check_device(op, name, t, w, "w")
+def check_beside(op: str, name: str, t: torch.Tensor, other: torch.Tensor, other_name: str = "w") -> None:
+    """The kernels read `t` as plain memory on the other's device."""
+    check_device(op, name, t, other, other_name)
     if not t.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
 
@@ -79,8 +79,7 @@ def check_norm_weight(op: str, name: str, weight: torch.Tensor | None, x: torch.
     """The weight [K] of a norm of x [..., K], or none."""
     if weight is None:
         return
-    check_device(op, name, weight, x)
-    check_beside(op, name, weight, x)
+    check_beside(op, name, weight, x, "x")
     if weight.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{op}: {name} must be {x.dtype} or float32, got {describe(weight)}")
     if weight.shape != x.shape[-1:]:

@@ -102,7 +102,7 @@ def check_tables(ids, cos, sin, lengths, starts) -> None:
             raise ValueError(f"embed: {name} must be [{ids.shape[0]}], got {describe(t)}")
     for name, t in (("cos", cos), ("sin", sin), ("lengths", lengths), ("starts", starts)):
         if t is not None:
-            check_beside("embed", name, t, ids)
+            check_beside("embed", name, t, ids, "ids")
 
 
 def rows_of(ids, w, w_scale, factor, layout, out_dtype, dtype) -> torch.Tensor:

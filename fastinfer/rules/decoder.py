@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from fastinfer.errors import Unfusable
 from fastinfer.generation.parts import Layer, Linears, Norm
 from fastinfer.generation.rotation import Rotation
-from fastinfer.modules import Int8Embedding
+from fastinfer.modules.embedding import Int8Embedding, rounded
 from fastinfer.rules import embedding as embedding_rule
 from fastinfer.rules import reading
 from fastinfer.rules.block import ATTENTION, read_layer
@@ -143,7 +143,7 @@ def _read_embedding(trunk: Part) -> tuple[nn.Embedding, float]:
     if factor is None or embedding.max_norm is not None:
         raise Unfusable(f"the embedding, a {type(embedding).__name__}, does more than look rows up")
     dtype = embedding.compute_dtype if isinstance(embedding, Int8Embedding) else embedding.weight.dtype
-    factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+    factor = rounded(factor, dtype)
     multiplier = getattr(trunk.module, "embedding_multiplier", 1.0)
     if factor != 1.0 and multiplier != 1.0:
         raise Unfusable("the embedding is scaled twice")
