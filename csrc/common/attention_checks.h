@@ -20,13 +20,8 @@ struct AttentionTensors {
   const std::optional<Tensor>&k_scale, &v_scale, &cos, &sin, &starts;
 };
 
-inline void check_beside_q(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  FASTINFER_CHECK(op, t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
-                  " must be on the device of q");
-}
-
 inline void check_new_tokens(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  check_beside_q(op, name, t, q);
+  check_same_device(op, name, t, q, "q");
   FASTINFER_CHECK(op, t.scalar_type() == q.scalar_type(), name, " must have the dtype of q");
   FASTINFER_CHECK(op, t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(3) == q.size(3), name,
                   " must be [B, T, G, D] beside q ", shape_text(q), ", got ", shape_text(t));
@@ -35,7 +30,7 @@ inline void check_new_tokens(const char* op, const char* name, const Tensor& t, 
 
 inline void check_cache(const char* op, const char* name, const Tensor& cache, const char* scale_name,
                         const std::optional<Tensor>& scale, const AttentionTensors& a, const AttentionShape& s) {
-  check_beside_q(op, name, cache, a.q);
+  check_same_device(op, name, cache, a.q, "q");
   const bool int8 = a.k_cache.scalar_type() == ScalarType::Char;
   FASTINFER_CHECK(op, int8 || a.k_cache.scalar_type() == a.q.scalar_type(),
                   "k_cache must have the dtype of q or be int8");
@@ -48,7 +43,7 @@ inline void check_cache(const char* op, const char* name, const Tensor& cache, c
   FASTINFER_CHECK(op, cache.is_contiguous(), name, " must be contiguous");
   FASTINFER_CHECK(op, scale.has_value() == int8, scale_name, " must be given with an int8 cache, and only then");
   if (!int8) return;
-  check_beside_q(op, scale_name, *scale, a.q);
+  check_same_device(op, scale_name, *scale, a.q, "q");
   FASTINFER_CHECK(op,
                   scale->scalar_type() == ScalarType::Float && scale->dim() == 3 && scale->size(0) == s.b &&
                       scale->size(1) == s.g && scale->size(2) == s.l && scale->is_contiguous(),
@@ -57,14 +52,14 @@ inline void check_cache(const char* op, const char* name, const Tensor& cache, c
 }
 
 inline void check_row_positions(const char* op, const char* name, const Tensor& rows, const Tensor& q) {
-  check_beside_q(op, name, rows, q);
+  check_same_device(op, name, rows, q, "q");
   FASTINFER_CHECK(op, rows.scalar_type() == ScalarType::Int, name, " must be int32");
   FASTINFER_CHECK(op, rows.dim() == 1 && rows.size(0) == q.size(0) && rows.is_contiguous(), name, " must be [",
                   q.size(0), "], contiguous, got ", shape_text(rows));
 }
 
 inline void check_rotation(const char* op, const char* name, const Tensor& t, const AttentionTensors& a) {
-  check_beside_q(op, name, t, a.q);
+  check_same_device(op, name, t, a.q, "q");
   FASTINFER_CHECK(op, t.scalar_type() == a.q.scalar_type() || t.scalar_type() == ScalarType::Float, name,
                   " must have the dtype of q or float32");
   FASTINFER_CHECK(op, t.scalar_type() == a.cos->scalar_type(), name, " must have the dtype of cos");

@@ -50,8 +50,7 @@ inline EmbedShape check_embed(const char* op, const Tensor& ids, const Tensor& w
   FASTINFER_CHECK(op, w.dim() == 2 && w.size(0) > 0, "w must be [V, K] with V ≥ 1, got ", shape_text(w));
   FASTINFER_CHECK(op, w.is_contiguous(), "w must be contiguous");
   FASTINFER_CHECK(op, ids.is_contiguous(), "ids must be contiguous");
-  FASTINFER_CHECK(op, ids.is_cuda() == w.is_cuda() && ids.get_device_index() == w.get_device_index(),
-                  "ids must be on the device of w");
+  check_same_device(op, "ids", ids, w, "w");
   FASTINFER_CHECK(op, w_scale.has_value() == int8, "w_scale must be given beside int8 w alone");
   if (int8) check_int8_scale(op, *w_scale, w);
   FASTINFER_CHECK(op, out_dtype.has_value() == int8 && (!int8 || is_float(*out_dtype)),
@@ -70,8 +69,7 @@ inline void check_rotary_tables(const char* op, const Tensor& ids, const Tensor&
   const auto check = [&](const char* name, const Tensor& t, ScalarType type, const char* type_name) {
     FASTINFER_CHECK(op, t.scalar_type() == type, name, " must be ", type_name);
     FASTINFER_CHECK(op, t.is_contiguous(), name, " must be contiguous");
-    FASTINFER_CHECK(op, t.is_cuda() == ids.is_cuda() && t.get_device_index() == ids.get_device_index(), name,
-                    " must be on the device of ids");
+    check_same_device(op, name, t, ids, "ids");
   };
   const auto check_table = [&](const char* name, const Tensor& t) {
     check(name, t, ScalarType::Float, "float32");
@@ -145,8 +143,7 @@ inline AdvanceArgs check_advance(const char* op, const Tensor& tokens, const Ten
                     is_lengths ? "int32" : "int64");
     FASTINFER_CHECK(op, fits, name, " must be ", shape, " with B = ", b, ", got ", shape_text(t));
     FASTINFER_CHECK(op, t.is_contiguous(), name, " must be contiguous");
-    FASTINFER_CHECK(op, t.is_cuda() == tokens.is_cuda() && t.get_device_index() == tokens.get_device_index(), name,
-                    " must be on the device of tokens");
+    check_same_device(op, name, t, tokens, "tokens");
   };
   check("tokens", tokens, true, "[B]");
   check("ids", ids, ids.dim() == 2 && ids.size(0) == b && ids.size(1) == 1, "[B, 1]");

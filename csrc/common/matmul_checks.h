@@ -17,9 +17,10 @@ inline int64_t rows_of(const Tensor& x) {  // the product of all dimensions but 
   return rows;
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  FASTINFER_CHECK(op, t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), name,
-                  " must be on the device of x");
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& other,
+                              const char* other_name = "x") {
+  FASTINFER_CHECK(op, t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), name,
+                  " must be on the device of ", other_name);
 }
 
 inline void check_x(const char* op, const Tensor& x) {

@@ -167,6 +167,16 @@ __device__ __forceinline__ uint32_t bits(__half2 v) { return *reinterpret_cast<u
 __device__ __forceinline__ uint32_t bits(__nv_bfloat162 v) { return *reinterpret_cast<uint32_t*>(&v); }
 __device__ __forceinline__ __half2 as_half2(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 __device__ __forceinline__ __nv_bfloat162 as_bfloat162(uint32_t v) { return *reinterpret_cast<__nv_bfloat162*>(&v); }
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  return bits(__floats2bfloat162_rn(low, high));
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  return bits(__floats2half2_rn(low, high));
+}
 
 // The int8 in the low byte of each half: seven mantissa bits hold b & 127; the sign bit turns the subtrahend from 128 to 256.
 __device__ __forceinline__ uint32_t low_bytes_to_bfloat162(uint32_t v) {

@@ -24,8 +24,7 @@ struct SampleOptions {
 inline void check_one_number(const char* op, const char* name, const Tensor& t, const Tensor& logits) {
   FASTINFER_CHECK(op, t.scalar_type() == ScalarType::Long, name, " must be int64");
   FASTINFER_CHECK(op, t.numel() == 1, name, " must have one element, got ", shape_text(t));
-  FASTINFER_CHECK(op, t.is_cuda() == logits.is_cuda() && t.get_device_index() == logits.get_device_index(), name,
-                  " must be on the device of logits");
+  check_same_device(op, name, t, logits, "logits");
 }
 
 inline void check_sample(const char* op, const Tensor& logits, const Tensor& seed, const Tensor& offset,
@@ -48,8 +47,7 @@ inline void check_sample(const char* op, const Tensor& logits, const Tensor& see
   FASTINFER_CHECK(op, seen->dim() == 2 && seen->size(0) == logits.size(0) && seen->size(1) == logits.size(1),
                   "seen must have the shape of logits ", shape_text(logits), ", got ", shape_text(*seen));
   FASTINFER_CHECK(op, seen->is_contiguous(), "seen must be contiguous");
-  FASTINFER_CHECK(op, seen->is_cuda() == logits.is_cuda() && seen->get_device_index() == logits.get_device_index(),
-                  "seen must be on the device of logits");
+  check_same_device(op, "seen", *seen, logits, "logits");
 }
 
 // The first word of Philox 4x32-10 (Salmon et al., SC 2011) for a row of the batch.

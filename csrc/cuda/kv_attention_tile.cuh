@@ -34,19 +34,6 @@ namespace fastinfer {
 
 constexpr int kRanks = kMostUnits;  // blocks of a cluster, a unit of a group each
 
-// ---- pieces ---------------------------------------------------------------------------------------------------------
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-  return bits(__floats2half2_rn(low, high));
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  return bits(__floats2bfloat162_rn(low, high));
-}
-
 // ---- the kernel -----------------------------------------------------------------------------------------------------------
 
 // T of the queries; D ≤ kD, a multiple of 32; chunks of 8 · kTiles queries.

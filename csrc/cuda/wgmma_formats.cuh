@@ -22,16 +22,6 @@ struct GroupScales {
 // A block is kSteps wgmma steps. `Factors` is what a lane needs of a group of kGroup k, to make its fragments or, where the
 // shape is by_group, to scale its sums.
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  return bits(__floats2bfloat162_rn(low, high));
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-  return bits(__floats2half2_rn(low, high));
-}
 __device__ __forceinline__ __nv_bfloat162 as_pair(__nv_bfloat16, uint32_t v) { return as_bfloat162(v); }
 __device__ __forceinline__ __half2 as_pair(__half, uint32_t v) { return as_half2(v); }
 __device__ __forceinline__ float low_of(__nv_bfloat16, uint32_t v) { return __uint_as_float(v << 16); }
